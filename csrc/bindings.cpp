@@ -1,0 +1,112 @@
+// The Python face of csrc: plans and launches. No torch here: tensors come as addresses, sizes and strides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launch/check.h"
+#include "launch/launch.h"
+#include "launch/plan.h"
+#include "launch/plan_fine_forward.h"
+#include "launch/plan_pool.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace vsa {
+namespace {
+
+ElementType element_type(const std::string& dtype) {
+  for (ElementType type : {ElementType::kBFloat16, ElementType::kFloat16, ElementType::kFloat32}) {
+    if (dtype == name(type)) return type;
+  }
+  throw ArgumentError(text("dtype: got ", dtype, ", expected bfloat16, float16 or float32"));
+}
+
+TokenTensor token_tensor(uint64_t address, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
+                         const std::string& dtype) {
+  check_argument(shape[3] <= 1 || strides[3] == 1, "strides: got ", strides[3],
+                 " elements between columns of head_dim, expected 1; make the tensor contiguous");
+  TokenTensor tensor;
+  tensor.address = address;
+  tensor.type = element_type(dtype);
+  tensor.batch = shape[0];
+  tensor.tokens = shape[1];
+  tensor.heads = shape[2];
+  tensor.head_dim = shape[3];
+  tensor.strides = {strides[0], strides[1], strides[2]};
+  return tensor;
+}
+
+LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const TokenTensor& value, const TokenTensor& out,
+                        const TokenTensor& out_fine, bool store_out_fine, const CubeGrid& q_grid, const CubeGrid& kv_grid,
+                        const StridedTensor& kv_num_blocks, const StridedTensor& kv_indices, uint64_t block_sizes,
+                        uint64_t q_block_sizes, uint64_t lse, uint64_t coarse, const Gate& gate_fine,
+                        const Gate& gate_coarse, double scale) {
+  FineForwardArguments arguments{query, key, value, out, out_fine, store_out_fine, q_grid, kv_grid};
+  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid);
+  arguments.block_sizes = block_sizes;
+  arguments.q_block_sizes = q_block_sizes;
+  arguments.lse = lse;
+  arguments.coarse = coarse;
+  arguments.gate_fine = gate_fine;
+  arguments.gate_coarse = gate_coarse;
+  arguments.scale = scale;
+  return plan_fine_forward(arguments);
+}
+
+}  // namespace
+}  // namespace vsa
+
+PYBIND11_MODULE(_C, m) {
+  using namespace vsa;
+  m.doc() = "Plans and launches of vsa_cuda's kernels; see vsa_cuda/_kernels.py for their use.";
+  py::register_exception<ArgumentError>(m, "ArgumentError", PyExc_ValueError);
+  py::register_exception<LaunchError>(m, "LaunchError", PyExc_RuntimeError);
+
+  py::class_<TensorMapPlan>(m, "TensorMapPlan")
+      .def_readonly("address", &TensorMapPlan::address)
+      .def_property_readonly("element_type", [](const TensorMapPlan& map) { return name(map.type); })
+      .def_property_readonly("extents", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.extents)); })
+      .def_property_readonly("strides", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.strides)); })
+      .def_property_readonly("box", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.box)); })
+      .def_readonly("swizzle", &TensorMapPlan::swizzle);
+
+  py::class_<LaunchPlan>(m, "LaunchPlan")
+      .def_readonly("kernel", &LaunchPlan::kernel)
+      .def_property_readonly("grid", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.grid)); })
+      .def_property_readonly("block", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.block)); })
+      .def_property_readonly("cluster", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.cluster)); })
+      .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
+      .def_readonly("maps", &LaunchPlan::maps)
+      .def_property_readonly("params", [](const LaunchPlan& plan) { return py::bytes(plan.params); });
+
+  py::class_<CubeGrid>(m, "CubeGrid")
+      .def(py::init(&make_grid), py::kw_only(), "video_shape"_a, "cube"_a)
+      .def_property_readonly("num_cubes", &CubeGrid::num_cubes)
+      .def_property_readonly("num_tokens", &CubeGrid::num_tokens)
+      .def("cube_tokens",
+           [](const CubeGrid& grid, int cube) {
+             std::vector<int64_t> tokens(kCubeTokens);
+             for (int slot = 0; slot < kCubeTokens; slot++) tokens[slot] = grid.token(grid.origin(cube), slot);
+             return tokens;
+           },
+           "cube"_a)
+      .def("valid_slots", [](const CubeGrid& grid, int cube) { return grid.valid_slots(grid.origin(cube)); }, "cube"_a);
+
+  py::class_<TokenTensor>(m, "TokenTensor")
+      .def(py::init(&token_tensor), py::kw_only(), "address"_a, "shape"_a, "strides"_a, "dtype"_a);
+
+  py::class_<StridedTensor>(m, "StridedTensor")
+      .def(py::init<uint64_t, std::vector<int64_t>>(), py::kw_only(), "address"_a, "strides"_a);
+
+  py::class_<Gate>(m, "Gate").def(py::init(&make_gate), py::kw_only(), "values"_a, "scalar"_a, "factor"_a);
+
+  m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a, "out_fine"_a,
+        "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "kv_num_blocks"_a, "kv_indices"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a,
+        "coarse"_a, "gate_fine"_a, "gate_coarse"_a, "scale"_a);
+
+  m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
+
+  m.def("launch", &launch, py::kw_only(), "plan"_a, "device"_a, "stream"_a);
+  m.def("kernel_names", &kernel_names);
+  m.def("cuda_version", &cuda_version);
+}

@@ -1,0 +1,87 @@
+// How a video's tokens form cubes of 64, for host plans and kernels alike.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VSA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define VSA_HOST_DEVICE inline
+#endif
+
+namespace vsa {
+
+constexpr int kCubeTokens = 64;
+
+// Sizes that plans and kernels must agree on.
+constexpr int kHalfBytes = 2;         // bf16 and fp16
+constexpr int kBarrierBytes = 8;      // an mbarrier
+constexpr int kTileAlignment = 1024;  // of a 128-byte-swizzled tile, and so of the struct that holds it
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+// Three numbers along time, height and width.
+struct Extent3 {
+  int32_t t, h, w;
+};
+
+// Tokens in raster order (time outermost) on `video`, cut into cubes of 2^log2_cube tokens a side; cubes in raster order.
+// Cubes at the far edges may be partial. Slot s of a cube, as a box of the copy engine lands it, is the token at
+// (s / (h * w), s / w % h, s % w) of the cube.
+struct CubeGrid {
+  Extent3 video;
+  Extent3 log2_cube;
+  Extent3 cubes;
+
+  VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
+  VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
+
+  // First token of a cube.
+  VSA_HOST_DEVICE Extent3 origin(int cube) const {
+    int rows = cube / cubes.w;
+    return {rows / cubes.h << log2_cube.t, rows % cubes.h << log2_cube.h, (cube - rows * cubes.w) << log2_cube.w};
+  }
+
+  // Real tokens along each side of the cube at `origin`.
+  VSA_HOST_DEVICE Extent3 sides(Extent3 origin) const {
+    return {smaller(1 << log2_cube.t, video.t - origin.t), smaller(1 << log2_cube.h, video.h - origin.h),
+            smaller(1 << log2_cube.w, video.w - origin.w)};
+  }
+
+  VSA_HOST_DEVICE Extent3 slot_offset(int slot) const {
+    return {slot >> (log2_cube.h + log2_cube.w), slot >> log2_cube.w & ((1 << log2_cube.h) - 1),
+            slot & ((1 << log2_cube.w) - 1)};
+  }
+
+  // Raster index of a cube's slot, or -1 where the slot lies outside the video.
+  VSA_HOST_DEVICE int64_t token(Extent3 origin, int slot) const {
+    Extent3 offset = slot_offset(slot);
+    Extent3 at = {origin.t + offset.t, origin.h + offset.h, origin.w + offset.w};
+    if (at.t >= video.t || at.h >= video.h || at.w >= video.w) return -1;
+    return (int64_t(at.t) * video.h + at.h) * video.w + at.w;
+  }
+
+  // Bit s is set where slot s is a real token.
+  VSA_HOST_DEVICE uint64_t valid_slots(Extent3 origin) const {
+    Extent3 side = sides(origin);
+    uint64_t row = ones(side.w), plane = 0, mask = 0;
+    for (int h = 0; h < side.h; h++) plane |= row << (h << log2_cube.w);
+    for (int t = 0; t < side.t; t++) mask |= plane << (t << (log2_cube.h + log2_cube.w));
+    return mask;
+  }
+
+  VSA_HOST_DEVICE static uint64_t ones(int count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
+  VSA_HOST_DEVICE static int smaller(int a, int b) { return a < b ? a : b; }
+};
+
+// Where the copy engine finds a cube of one head of a token tensor: coordinate 0 of its 64-column panel p is
+// head * head_in_columns + 64 p, coordinates 1 to 3 the cube's w, h, t, coordinate 4 is
+// batch * batch_in_outer + head * head_in_outer. Which of the two the head uses depends on the strides.
+struct CubeCoordinates {
+  int32_t head_in_columns;
+  int32_t head_in_outer;
+  int32_t batch_in_outer;
+};
+
+}  // namespace vsa

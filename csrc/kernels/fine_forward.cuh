@@ -1,0 +1,248 @@
+// Fine stage, forward (VSA, section 2.2): every query cube attends, token by token, to the key cubes of its list.
+//
+// A CTA takes neighbouring query cubes, one consumer warpgroup each. The producer warpgroup walks their merged lists and
+// loads each key and value cube once into a ring; a consumer works on the stages it is a member of. Per member tile:
+//
+//   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
+//   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release stage(i)
+//
+// A consumer holds the stage of its pending product for at most kLookahead stages of others, then finishes it alone: the
+// ring always has room for the stage that everyone waits for, whatever the lists.
+#pragma once
+
+#include "kernels/fine_forward_params.h"
+#include "kernels/gate.cuh"
+#include "kernels/online_softmax.cuh"
+#include "kernels/shared_ring.cuh"
+#include "tiles/wgmma.cuh"
+
+namespace vsa {
+
+struct FineForwardMaps {
+  CUtensorMap query, key, value, out, out_fine;
+};
+
+template <int kHeadDim_, class T_>
+struct FineForward {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
+  static constexpr int kStages = fine_forward_stages(kHeadDim);
+  static constexpr int kLookahead = kStages / 2;
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 240 : 160;
+
+  using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
+  using Ring = SharedRing<Tile, kStages, kConsumers>;
+  struct Shared {
+    Tile query[kConsumers];  // later the outputs
+    Ring ring;               // first: keys, second: values
+    Barrier query_full[kConsumers];
+  };
+  static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
+};
+
+// What a CTA works on: query cubes first_cube to first_cube + cubes - 1 of one head.
+struct FineForwardTask {
+  int batch, head, first_cube, cubes;
+};
+
+template <class Kernel>
+VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params) {
+  int groups = ceil_div(params.q_grid.num_cubes(), Kernel::kConsumers);
+  int group = blockIdx.x % groups, head = blockIdx.x / groups;
+  int first = group * Kernel::kConsumers;
+  return {head / params.heads, head % params.heads, first, min(Kernel::kConsumers, params.q_grid.num_cubes() - first)};
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const FineForwardMaps& maps,
+                                     const FineForwardParams& params, const FineForwardTask& task) {
+  MergedList<Kernel::kConsumers> lists;
+#pragma unroll
+  for (int i = 0; i < Kernel::kConsumers; i++) {
+    bool exists = i < task.cubes;
+    int cube = task.first_cube + (exists ? i : 0);
+    lists.start(i, params.lists.list(task.batch, task.head, cube),
+                exists ? params.lists.count(task.batch, task.head, cube) : 0);
+    if (exists && elect_one()) {
+      shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
+      load_cube(shared.query[i], maps.query, params.query, {task.batch, task.head, params.q_grid.origin(cube)},
+                shared.query_full[i]);
+    }
+    __syncwarp();
+  }
+  RingSource source{maps.key,       maps.value,         params.key,  params.value,
+                    params.kv_grid, params.block_sizes, task.batch, task.head};
+  produce(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
+}
+
+// A consumer's registers through the loop.
+template <class Kernel>
+struct FineForwardState {
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> query;
+  FloatTile<Kernel::kHeadDim> out;
+  HalfTile<typename Kernel::T, kCubeTokens> probabilities;  // of the pending stage
+  OnlineSoftmax softmax;
+};
+
+// scores = query key^T of `stage`, while the pending product out += probabilities value of stage `pending` runs; leaves
+// the probabilities of `stage` pending.
+template <class Kernel, bool kPending>
+VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int stage, int pending,
+                                  uint64_t valid) {
+  FloatTile<kCubeTokens> scores;
+  mma_fence();
+  mma_ABt(scores, state.query, ring.first[stage], false);
+  mma_commit();
+  if constexpr (kPending) {
+    mma_AB(state.out, state.probabilities, ring.second[pending], true);
+    mma_commit();
+    mma_wait<1>(scores);
+  } else {
+    mma_wait<0>(scores);
+  }
+  if (valid != ~uint64_t(0)) fill_masked(scores, valid, -INFINITY);
+  RowVector factor;
+  bool rescale = state.softmax.update(scores, factor);
+  if constexpr (kPending) {
+    mma_wait<0>(state.out, state.probabilities);
+    ring.release(pending);
+  }
+  if (rescale) mul_row(state.out, factor);
+  convert(state.probabilities, scores);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int pending) {
+  mma_fence();
+  mma_AB(state.out, state.probabilities, ring.second[pending], true);
+  mma_commit();
+  mma_wait<0>(state.out, state.probabilities);
+  ring.release(pending);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int consumer) {
+  constexpr int kNone = -1;
+  int pending = kNone, passed = 0;
+  RingPosition<Kernel::kStages> at;
+  while (true) {
+    ring.full[at.stage].wait(at.phase);
+    StageInfo info = ring.info[at.stage];
+    if (info.members == 0) break;
+    if (info.members >> consumer & 1) {
+      if (pending == kNone) {
+        fine_forward_step<Kernel, false>(state, ring, at.stage, pending, info.valid);
+      } else {
+        fine_forward_step<Kernel, true>(state, ring, at.stage, pending, info.valid);
+      }
+      pending = at.stage;
+      passed = 0;
+    } else {
+      ring.release(at.stage);
+      if (pending != kNone && ++passed == Kernel::kLookahead) {
+        fine_forward_finish(state, ring, pending);
+        pending = kNone;
+      }
+    }
+    at.advance();
+  }
+  if (pending != kNone) fine_forward_finish(state, ring, pending);
+}
+
+// One consumer's tile through shared memory to global; returns when `staging` may be written again.
+template <class Kernel>
+VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, typename Kernel::Tile& staging, int consumer,
+                                   const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube) {
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> rounded;
+  convert(rounded, tile);
+  store(staging, rounded);
+  fence_async_shared();  // the copy engine reads what this warpgroup wrote
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
+  if (threadIdx.x % kWarpgroupThreads == 0) {
+    store_cube(map, at, cube, staging);
+    store_commit();
+    store_wait_read<0>();
+  }
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename Kernel::Tile& staging, int consumer,
+                                      const FineForwardMaps& maps, const FineForwardParams& params,
+                                      const CubeAddress& address, int cube) {
+  int prefix = params.q_block_sizes ? __ldg(params.q_block_sizes + cube) : kCubeTokens;
+  uint64_t valid = params.q_grid.valid_slots(address.origin) & CubeGrid::ones(prefix);
+  int64_t row = (int64_t(address.batch) * params.heads + address.head) * params.q_grid.num_cubes() + cube;
+
+  state.softmax.finish();
+  RowVector normaliser;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    bool real = valid >> tile_row(half) & 1;
+    normaliser.data[half] = state.softmax.normaliser(half);
+    if (lane_id() % 4 == 0) {
+      params.lse[row * kCubeTokens + tile_row(half)] = real ? state.softmax.lse(half) : INFINITY;
+    }
+  }
+  mul_row(state.out, normaliser);
+  fill_rows(state.out, valid, 0.0f);  // rows of pads: whatever they were computed from, NaN included
+
+  if (params.combine) {
+    if (params.store_out_fine) {
+      fine_forward_store<Kernel>(state.out, staging, consumer, maps.out_fine, params.out_fine, address);
+    }
+    multiply_gate<typename Kernel::T>(state.out, params.gate_fine, params.q_grid, address, valid);
+    if (params.coarse) {
+      const auto* coarse = static_cast<const typename Kernel::T*>(params.coarse) + row * Kernel::kHeadDim;
+      add_gated_row(state.out, coarse, params.gate_coarse, params.q_grid, address, valid);
+    }
+  }
+  fine_forward_store<Kernel>(state.out, staging, consumer, maps.out, params.out, address);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardMaps& maps,
+                                     const FineForwardParams& params, const FineForwardTask& task, int consumer) {
+  bool exists = consumer < task.cubes;
+  FineForwardState<Kernel> state{.softmax = OnlineSoftmax(params.scale_log2)};
+  zero(state.out);
+  if (exists) {
+    shared.query_full[consumer].wait(0);
+    load(state.query, shared.query[consumer]);
+    if (params.negative_scale) negate(state.query);
+  }
+  fine_forward_attend(state, shared.ring, consumer);
+  if (exists) {
+    int cube = task.first_cube + consumer;
+    CubeAddress address{task.batch, task.head, params.q_grid.origin(cube)};
+    fine_forward_epilogue(state, shared.query[consumer], consumer, maps, params, address, cube);
+  }
+}
+
+template <int kHeadDim, class T>
+VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParams& params) {
+  using Kernel = FineForward<kHeadDim, T>;
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+
+  if (threadIdx.x == 0) {
+    shared.ring.init();
+    for (Barrier& barrier : shared.query_full) barrier.init(1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  FineForwardTask task = fine_forward_task<Kernel>(params);
+  int warpgroup = warpgroup_id();
+  if (warpgroup == Kernel::kConsumers) {
+    register_decrease<Kernel::kProducerRegisters>();
+    if (warp_in_warpgroup() == 0) fine_forward_produce<Kernel>(shared, maps, params, task);
+  } else {
+    register_increase<Kernel::kConsumerRegisters>();
+    fine_forward_consume<Kernel>(shared, maps, params, task, warpgroup);
+  }
+}
+
+}  // namespace vsa

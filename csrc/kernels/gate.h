@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+namespace vsa {
+
+// A factor on an attention output: `values` [batch, tokens, heads, head_dim] by strides, of the query's type, times `factor`;
+// or one fp32 number `scalar` in device memory, times `factor`; or `factor` alone where both are null.
+struct Gate {
+  const void* values;
+  const float* scalar;
+  float factor;
+  int64_t strides[4];
+};
+
+}  // namespace vsa

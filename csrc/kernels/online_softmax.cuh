@@ -1,0 +1,68 @@
+// Softmax over columns that arrive tile by tile, for the 64 rows of a warpgroup; scores in units of log2.
+#pragma once
+
+#include <cmath>
+
+#include "tiles/register_tile.cuh"
+
+namespace vsa {
+
+// The reference value of a row follows its maximum lazily: only when a score exceeds it by more than this many binary
+// orders, so that most tiles need no rescaling. Probabilities then reach at most 2^8, which fp16 holds.
+constexpr float kRescaleThreshold = 8.0f;
+
+class OnlineSoftmax {
+ public:
+  VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
+
+  // scores becomes exp2(scale * scores - reference). True, for the whole warp alike, if earlier results must be multiplied
+  // by `factor`.
+  template <int kCols>
+  VSA_DEVICE bool update(FloatTile<kCols>& scores, RowVector& factor) {
+    RowVector maximum;
+    row_max(maximum, scores, maximum_);
+    bool moved = maximum.data[0] * scale_ > reference_.data[0] + kRescaleThreshold ||
+                 maximum.data[1] * scale_ > reference_.data[1] + kRescaleThreshold;
+    bool rescale = __any_sync(0xffffffffu, moved);
+    if (rescale) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float reference = maximum.data[half] * scale_;
+        factor.data[half] = reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
+        sum_.data[half] *= factor.data[half];
+        reference_.data[half] = reference;
+      }
+    }
+    maximum_ = maximum;
+#pragma unroll
+    for (int i = 0; i < scores.kRegisters; i++) {
+      float reference = reference_.data[(i / 2) % 2];
+      // A row without any key so far: every score is -inf, and so must be the exponent.
+      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, reference == -INFINITY ? 0.0f : -reference));
+    }
+    add_row_sum(sum_, scores);
+    return rescale;
+  }
+
+  // Complete sums of exponentials; once, at the end.
+  VSA_DEVICE void finish() {
+    for (int half = 0; half < 2; half++) sum_.data[half] = quad_sum(sum_.data[half]);
+  }
+
+  // What results are multiplied by at the end; 0 for a row without keys.
+  VSA_DEVICE float normaliser(int half) const { return sum_.data[half] > 0.0f ? 1.0f / sum_.data[half] : sum_.data[half]; }
+
+  // Natural log of the sum of exp(scale * scores); -inf for a row without keys.
+  VSA_DEVICE float lse(int half) const {
+    constexpr float kLn2 = 0.693147180559945f;
+    return sum_.data[half] == 0.0f ? -INFINITY : (reference_.data[half] + log2f(sum_.data[half])) * kLn2;
+  }
+
+ private:
+  float scale_;
+  RowVector maximum_ = {-INFINITY, -INFINITY};    // of unscaled scores
+  RowVector reference_ = {-INFINITY, -INFINITY};  // in log2 units
+  RowVector sum_ = {0.0f, 0.0f};                  // this lane's part
+};
+
+}  // namespace vsa

@@ -1,0 +1,102 @@
+// A ring of tile pairs that one producer warp fills in the order of a merged list and several consumer warpgroups read:
+// keys and values for a query-stationary kernel, queries and output gradients for a key-stationary one.
+//
+// Barriers of a stage. full: one arrival by the producer plus the bytes of both tiles. empty: one arrival by each warp of
+// each consumer, member or not, in ring order; skipping a round would alias the phase bit.
+#pragma once
+
+#include "kernels/cube_tile.cuh"
+#include "kernels/merged_list.cuh"
+#include "kernels/shared_ring.h"
+#include "tiles/register_tile.cuh"
+
+namespace vsa {
+
+struct StageInfo {
+  uint64_t valid;    // bit per row of the tiles: a real token
+  uint32_t members;  // bit per consumer; 0: the lists have ended
+};
+static_assert(sizeof(StageInfo) == kStageInfoBytes);
+
+template <class Tile, int kStages_, int kConsumers_>
+struct SharedRing {
+  static constexpr int kStages = kStages_;
+  static constexpr int kConsumers = kConsumers_;
+
+  Tile first[kStages], second[kStages];
+  StageInfo info[kStages];
+  Barrier full[kStages], empty[kStages];
+  Barrier landed;  // of a stage whose pads the producer clears before it publishes
+
+  // One thread, before fence_barrier_init and __syncthreads.
+  VSA_DEVICE void init() {
+    for (int i = 0; i < kStages; i++) {
+      full[i].init(1);
+      empty[i].init(kConsumers * kWarpgroupThreads / kWarpThreads);
+    }
+    landed.init(1);
+  }
+
+  // One warp of a consumer has finished with a stage. What its wgmma read is read: the caller waited for that.
+  VSA_DEVICE void release(int stage) {
+    __syncwarp();
+    if (elect_one()) empty[stage].arrive();
+  }
+};
+
+// Where the tiles of a ring come from.
+struct RingSource {
+  const CUtensorMap& first_map;
+  const CUtensorMap& second_map;
+  const CubeCoordinates& first_at;
+  const CubeCoordinates& second_at;
+  const CubeGrid& grid;
+  const int32_t* block_sizes;  // [num_cubes] valid prefix of each block, or null
+  int batch, head;
+};
+
+// The whole producer warp. `extra(stage, block, full)` runs in one thread after the tiles' loads are issued and may add
+// loads; it returns nothing, their bytes are `extra_bytes`.
+template <class Ring, int kLists, class Extra>
+VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource& source, int extra_bytes, Extra extra) {
+  RingPosition<Ring::kStages> at;
+  uint32_t landed_phase = 0;
+  int block;
+  while (uint32_t members = lists.next(block)) {
+    CubeAddress cube{source.batch, source.head, source.grid.origin(block)};
+    int prefix = source.block_sizes ? __ldg(source.block_sizes + block) : kCubeTokens;
+    StageInfo info{source.grid.valid_slots(cube.origin) & CubeGrid::ones(prefix), members};
+    bool clear = prefix < kCubeTokens;
+    Barrier& arrives = clear ? ring.landed : ring.full[at.stage];
+
+    ring.empty[at.stage].wait(at.phase ^ 1);
+    if (elect_one()) {
+      ring.info[at.stage] = info;
+      arrives.arrive_expect(2 * sizeof(ring.first[0]) + extra_bytes);
+      load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
+      load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
+      extra(at.stage, block, arrives);
+    }
+    __syncwarp();
+    if (clear) {
+      // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
+      ring.landed.wait(landed_phase);
+      landed_phase ^= 1;
+      zero_rows(ring.first[at.stage], prefix);
+      zero_rows(ring.second[at.stage], prefix);
+      fence_async_shared();  // wgmma reads the zeros through the async proxy
+      __syncwarp();
+      if (elect_one()) ring.full[at.stage].arrive();
+      __syncwarp();
+    }
+    at.advance();
+  }
+  ring.empty[at.stage].wait(at.phase ^ 1);
+  if (elect_one()) {
+    ring.info[at.stage] = StageInfo{0, 0};
+    ring.full[at.stage].arrive();
+  }
+  __syncwarp();
+}
+
+}  // namespace vsa

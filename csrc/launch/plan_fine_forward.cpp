@@ -1,0 +1,90 @@
+#include "launch/plan_fine_forward.h"
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/fine_forward_params.h"
+#include "launch/check.h"
+
+namespace vsa {
+
+BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, const CubeGrid& kv_grid) {
+  BlockLists lists{};
+  lists.num_blocks = kv_grid.num_cubes();
+  if (entries.address == 0) return lists;
+  check_argument(counts.address != 0 && counts.strides.size() == 3,
+                 "kv_num_blocks: got no tensor of 3 dimensions, expected [batch, heads, num_q_blocks] int32");
+  check_argument(entries.strides.size() == 4 && entries.strides[3] == 1,
+                 "kv_indices: got no tensor of 4 dimensions with the last one contiguous, expected [batch, heads, "
+                 "num_q_blocks, max_blocks] int32");
+  lists.counts = pointer<const int32_t>(counts.address);
+  lists.entries = pointer<const int32_t>(entries.address);
+  for (int i = 0; i < 3; i++) {
+    lists.count_strides[i] = counts.strides[i];
+    lists.entry_strides[i] = entries.strides[i];
+  }
+  return lists;
+}
+
+Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor) {
+  Gate gate{};
+  gate.factor = factor;
+  gate.scalar = pointer<const float>(scalar);
+  gate.values = pointer<const void>(values.address);
+  if (values.address == 0) return gate;
+  check_argument(values.strides.size() == 4, "gate: got ", values.strides.size(),
+                 " dimensions, expected [batch, tokens, heads, head_dim]");
+  for (int i = 0; i < 4; i++) gate.strides[i] = values.strides[i];
+  return gate;
+}
+
+LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
+  const TokenTensor& query = arguments.query;
+  check_same_heads(arguments.key, query, "key");
+  check_same_heads(arguments.value, query, "value");
+  check_same_heads(arguments.out, query, "out");
+  check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
+  check_argument(std::isfinite(arguments.scale), "scale: got ", arguments.scale, ", expected a finite number");
+
+  LaunchPlan plan;
+  plan.kernel = kernel_name("fine_forward", query.head_dim, query.type);
+  FineForwardParams params{};
+  params.q_grid = arguments.q_grid;
+  params.kv_grid = arguments.kv_grid;
+
+  auto add_map = [&plan](const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
+    CubeMap map = make_cube_map(tensor, grid, argument);
+    plan.maps.push_back(map.map);
+    return map.coordinates;
+  };
+  params.query = add_map(query, arguments.q_grid, "query");
+  params.key = add_map(arguments.key, arguments.kv_grid, "key");
+  params.value = add_map(arguments.value, arguments.kv_grid, "value");
+  params.out = add_map(arguments.out, arguments.q_grid, "out");
+  params.store_out_fine = arguments.store_out_fine;
+  params.out_fine = add_map(params.store_out_fine ? arguments.out_fine : arguments.out, arguments.q_grid, "out_fine");
+
+  params.lists = arguments.lists;
+  params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
+  params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
+  params.lse = pointer<float>(arguments.lse);
+  params.coarse = pointer<const void>(arguments.coarse);
+  params.gate_fine = arguments.gate_fine;
+  params.gate_coarse = arguments.gate_coarse;
+  const Gate& gate = params.gate_fine;
+  params.combine = params.coarse || gate.values || gate.scalar || gate.factor != 1.0f;
+  params.negative_scale = arguments.scale < 0;
+  constexpr double kLog2E = 1.4426950408889634;
+  // A scale of 0 would make NaN of the -inf of masked keys.
+  params.scale_log2 = float(std::max(std::abs(arguments.scale) * kLog2E, double(std::numeric_limits<float>::min())));
+  params.heads = int32_t(query.heads);
+  plan.set_params(params);
+
+  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(query.head_dim));
+  plan.grid[0] = checked_grid(groups * query.heads * query.batch, "fine_forward");
+  plan.block[0] = fine_forward_threads(query.head_dim);
+  plan.shared_bytes = fine_forward_shared_bytes(query.head_dim);
+  return plan;
+}
+
+}  // namespace vsa

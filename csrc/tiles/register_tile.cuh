@@ -1,0 +1,157 @@
+// Tiles of 64 rows spread over the registers of a warpgroup: fp32 accumulators and 16-bit matrix operands.
+//
+// Who holds what (wgmma's accumulator layout): warp w of the warpgroup holds rows 16w to 16w + 15; lane l holds, of each
+// group of 8 columns j, the four elements
+//     row 16w + l/4     : columns 8j + 2(l%4), 8j + 2(l%4) + 1     registers 4j,     4j + 1     half 0
+//     row 16w + l/4 + 8 : the same columns                         registers 4j + 2, 4j + 3     half 1
+// so a row lies in the 4 lanes of a quad, and a lane has two rows. An operand of 16 columns packs the same elements in
+// pairs: {half 0, half 1} of its first 8 columns, then {half 0, half 1} of the last 8.
+#pragma once
+
+#include "tiles/shared_tile.cuh"
+
+namespace vsa {
+
+template <int kCols_>
+struct FloatTile {
+  static constexpr int kCols = kCols_;
+  static constexpr int kRegisters = kCols / 2;
+  float data[kRegisters];
+};
+
+template <class T_, int kCols_>
+struct HalfTile {
+  using T = T_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kRegisters = kCols / 4;
+  uint32_t data[kRegisters];
+};
+
+// One value for each of the two rows that a lane holds.
+struct RowVector {
+  float data[2];
+};
+
+VSA_DEVICE int warp_in_warpgroup() { return (threadIdx.x % kWarpgroupThreads) / kWarpThreads; }
+
+// The row of this lane's `half`, and its first column in column group 0.
+VSA_DEVICE int tile_row(int half) { return warp_in_warpgroup() * 16 + lane_id() / 4 + 8 * half; }
+VSA_DEVICE int tile_column() { return 2 * (lane_id() % 4); }
+
+template <int kCols>
+VSA_DEVICE void zero(FloatTile<kCols>& tile) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) tile.data[i] = 0.0f;
+}
+
+// result[row] = max(start[row], max over the row), in every lane of the row's quad.
+template <int kCols>
+VSA_DEVICE void row_max(RowVector& result, const FloatTile<kCols>& tile, const RowVector& start) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float x = start.data[half];
+#pragma unroll
+    for (int j = 0; j < kCols / 8; j++) {
+      x = fmaxf(x, fmaxf(tile.data[4 * j + 2 * half], tile.data[4 * j + 2 * half + 1]));
+    }
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    result.data[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  }
+}
+
+// Adds this lane's part of each row's sum; quad_sum completes it.
+template <int kCols>
+VSA_DEVICE void add_row_sum(RowVector& partial, const FloatTile<kCols>& tile) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+#pragma unroll
+    for (int j = 0; j < kCols / 8; j++) {
+      partial.data[half] += tile.data[4 * j + 2 * half] + tile.data[4 * j + 2 * half + 1];
+    }
+  }
+}
+
+VSA_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <int kCols>
+VSA_DEVICE void mul_row(FloatTile<kCols>& tile, const RowVector& factor) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) tile.data[i] *= factor.data[(i / 2) % 2];
+}
+
+// Bit c of `mask` says whether column c (of 64) counts; elsewhere the tile becomes `value`.
+VSA_DEVICE void fill_masked(FloatTile<64>& tile, uint64_t mask, float value) {
+  mask >>= tile_column();
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (!(mask >> (8 * j + i % 2) & 1)) tile.data[4 * j + i] = value;
+    }
+  }
+}
+
+// Bit r of `mask` says whether row r counts; elsewhere the tile becomes `value`.
+template <int kCols>
+VSA_DEVICE void fill_rows(FloatTile<kCols>& tile, uint64_t mask, float value) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (mask >> tile_row(half) & 1) continue;
+#pragma unroll
+    for (int j = 0; j < kCols / 8; j++) tile.data[4 * j + 2 * half] = tile.data[4 * j + 2 * half + 1] = value;
+  }
+}
+
+// tile = -tile: flips the sign bits.
+template <class T, int kCols>
+VSA_DEVICE void negate(HalfTile<T, kCols>& tile) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) tile.data[i] ^= 0x80008000u;
+}
+
+// Rounds to T, nearest even.
+template <class T, int kCols>
+VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
+#pragma unroll
+  for (int i = 0; i < result.kRegisters; i++) result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
+}
+
+// 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0).
+VSA_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The 64 rows of a shared tile as a matrix operand (ldmatrix); each warp reads its own 16 rows.
+template <class T, int kCols>
+VSA_DEVICE void load(HalfTile<T, kCols>& tile, SharedTile<T, 64, kCols>& source) {
+  int row = warp_in_warpgroup() * 16 + lane_id() % 16;
+#pragma unroll
+  for (int k = 0; k < kCols / 16; k++) {
+    uint32_t address = shared_address(source.chunk(row, 2 * k + lane_id() / 16));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.data[4 * k]), "=r"(tile.data[4 * k + 1]), "=r"(tile.data[4 * k + 2]),
+                   "=r"(tile.data[4 * k + 3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// The other way (stmatrix). Ordinary writes: fence_async_shared() before the copy engine or wgmma reads them.
+template <class T, int kCols>
+VSA_DEVICE void store(SharedTile<T, 64, kCols>& destination, const HalfTile<T, kCols>& tile) {
+  int row = warp_in_warpgroup() * 16 + lane_id() % 16;
+#pragma unroll
+  for (int k = 0; k < kCols / 16; k++) {
+    uint32_t address = shared_address(destination.chunk(row, 2 * k + lane_id() / 16));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(tile.data[4 * k]), "r"(tile.data[4 * k + 1]), "r"(tile.data[4 * k + 2]), "r"(tile.data[4 * k + 3])
+                 : "memory");
+  }
+}
+
+}  // namespace vsa

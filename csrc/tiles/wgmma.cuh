@@ -1,0 +1,225 @@
+// Matrix products on the tensor cores, one warpgroup at a time (wgmma, PTX ISA 9.7.15). All are asynchronous:
+//
+//   mma_fence();  mma_ABt(scores, q, k, false);  mma_commit();  ...  mma_wait<0>(scores);
+//
+// Between the fence and the wait nobody touches the accumulators, nor the registers of an A operand.
+#pragma once
+
+#include "tiles/register_tile.cuh"
+
+namespace vsa {
+
+// Registers written before become visible to the products that follow.
+VSA_DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+VSA_DEVICE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Keeps the compiler from moving uses of a tile over the place where this stands.
+template <int kCols>
+VSA_DEVICE void pin(FloatTile<kCols>& tile) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) asm volatile("" : "+f"(tile.data[i])::"memory");
+}
+
+template <class T, int kCols>
+VSA_DEVICE void pin(HalfTile<T, kCols>& tile) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) asm volatile("" : "+r"(tile.data[i])::"memory");
+}
+
+// Until at most kPending committed groups are unfinished. `tiles` are those that this makes ready: results to read,
+// operands to overwrite.
+template <int kPending, class... Tiles>
+VSA_DEVICE void mma_wait(Tiles&... tiles) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  (pin(tiles), ...);
+}
+
+// The instruction takes the element type as text ("C" constraint: CUDA's inline assembly guide).
+template <class T>
+struct ElementName;
+template <>
+struct ElementName<bf16> {
+  static constexpr char kText[] = "bf16";
+};
+template <>
+struct ElementName<fp16> {
+  static constexpr char kText[] = "f16";
+};
+
+// Operand lists cannot be written by a template: the one macro of the tile layer.
+#define VSA_ACCUMULATORS(d, i)                                                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+      "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]),             \
+      "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
+
+// d[64, N] (+)= a[64, 16] b[16, N]; operands by descriptor, or a in registers. kTranspose: the operand lies with its
+// rows (of a) or columns (of b) contiguous.
+template <class T, int kTransposeA, int kTransposeB>
+VSA_DEVICE void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%37.%37 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, %35, %36;\n"
+      "}\n"
+      : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16)
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeA), "n"(kTransposeB), "C"(ElementName<T>::kText));
+}
+
+template <class T, int kTransposeB>
+VSA_DEVICE void wgmma_m64n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%39.%39 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"
+      "}\n"
+      : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB), "C"(ElementName<T>::kText));
+}
+
+template <class T, int kTransposeA, int kTransposeB>
+VSA_DEVICE void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.%69.%69 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, %67, %68;\n"
+      "}\n"
+      : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16), VSA_ACCUMULATORS(d, 32), VSA_ACCUMULATORS(d, 48)
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeA), "n"(kTransposeB), "C"(ElementName<T>::kText));
+}
+
+template <class T, int kTransposeB>
+VSA_DEVICE void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.%71.%71 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n"
+      "}\n"
+      : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16), VSA_ACCUMULATORS(d, 32), VSA_ACCUMULATORS(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB), "C"(ElementName<T>::kText));
+}
+
+#undef VSA_ACCUMULATORS
+
+// Matrix descriptor of a 128-byte-swizzled tile (PTX ISA 9.7.15.5.1): start address, leading and stride byte offsets in
+// units of 16 bytes, swizzle mode 1 in bits 62 and 63. Stride: from one group of 8 rows to the next. Leading: from one
+// 64-column panel to the next where the columns are not the summed dimension, else unused.
+VSA_DEVICE uint64_t descriptor(const void* start, uint32_t leading_bytes) {
+  constexpr uint64_t kStrideBytes = 1024;
+  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4) << 16 | (kStrideBytes >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+
+// 16 columns, number `step`, of a tile that is summed over its columns.
+template <class Tile>
+VSA_DEVICE uint64_t columns_descriptor(Tile& tile, int step) {
+  return descriptor(tile.panel(step / 4) + step % 4 * 16, Tile::kPanelBytes);
+}
+
+// 16 rows, number `step`, of columns first_column onward of a tile that is summed over its rows.
+template <class Tile>
+VSA_DEVICE uint64_t rows_descriptor(Tile& tile, int step, int first_column) {
+  return descriptor(tile.panel(first_column / 64) + step * 16 * 64, Tile::kPanelBytes);
+}
+
+template <class T, int kTransposeA, int kTransposeB, int kCols>
+VSA_DEVICE void mma_step(FloatTile<kCols>& d, uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (kCols == 64) {
+    wgmma_m64n64k16<T, kTransposeA, kTransposeB>(d.data, a, b, accumulate);
+  } else {
+    static_assert(kCols == 128);
+    wgmma_m64n128k16<T, kTransposeA, kTransposeB>(d.data, a, b, accumulate);
+  }
+}
+
+template <class T, int kTransposeB, int kCols>
+VSA_DEVICE void mma_step(FloatTile<kCols>& d, const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (kCols == 64) {
+    wgmma_m64n64k16<T, kTransposeB>(d.data, a, b, accumulate);
+  } else {
+    static_assert(kCols == 128);
+    wgmma_m64n128k16<T, kTransposeB>(d.data, a, b, accumulate);
+  }
+}
+
+// d[64, N] = a[64, K] b[N, K]^T, added to d if `accumulate`.
+template <class T, int kN, int kK>
+VSA_DEVICE void mma_ABt(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kK / 16; k++) {
+    mma_step<T, 0, 0>(d, columns_descriptor(a, k), columns_descriptor(b, k), accumulate || k > 0);
+  }
+}
+
+template <class T, int kN, int kK>
+VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kK / 16; k++) {
+    const uint32_t fragment[4] = {a.data[4 * k], a.data[4 * k + 1], a.data[4 * k + 2], a.data[4 * k + 3]};
+    mma_step<T, 0>(d, fragment, columns_descriptor(b, k), accumulate || k > 0);
+  }
+}
+
+// d[64, N] = a[64, K] b[K, N], added to d if `accumulate`. d may be narrower than b: columns first_column onward.
+template <class T, int kN, int kK, int kCols>
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
+                       int first_column = 0) {
+#pragma unroll
+  for (int k = 0; k < kK / 16; k++) {
+    const uint32_t fragment[4] = {a.data[4 * k], a.data[4 * k + 1], a.data[4 * k + 2], a.data[4 * k + 3]};
+    mma_step<T, 1>(d, fragment, rows_descriptor(b, k, first_column), accumulate || k > 0);
+  }
+}
+
+template <class T, int kN, int kK, int kCols>
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
+                       int first_column = 0) {
+#pragma unroll
+  for (int k = 0; k < kK / 16; k++) {
+    mma_step<T, 0, 1>(d, columns_descriptor(a, k), rows_descriptor(b, k, first_column), accumulate || k > 0);
+  }
+}
+
+// d[64, N] = a[K, 64]^T b[K, N], added to d if `accumulate`.
+template <class T, int kN, int kK, int kCols>
+VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
+                        int first_column = 0) {
+#pragma unroll
+  for (int k = 0; k < kK / 16; k++) {
+    mma_step<T, 1, 1>(d, rows_descriptor(a, k, 0), rows_descriptor(b, k, first_column), accumulate || k > 0);
+  }
+}
+
+}  // namespace vsa
