@@ -37,6 +37,13 @@ struct CubeGrid {
   VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
   VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
 
+  // Cube number `position` when time runs fastest. Neighbours in this order are neighbours in time, whose lists overlap
+  // most on real video (bench/NOTES.md), so that a CTA that takes a few of them loads least.
+  VSA_HOST_DEVICE int cube_along_time(int position) const {
+    int column = position / cubes.t;
+    return (position - column * cubes.t) * cubes.h * cubes.w + column;
+  }
+
   // First token of a cube.
   VSA_HOST_DEVICE Extent3 origin(int cube) const {
     int rows = cube / cubes.w;

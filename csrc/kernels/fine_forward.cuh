@@ -42,9 +42,9 @@ struct FineForward {
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
 
-// What a CTA works on: query cubes first_cube to first_cube + cubes - 1 of one head.
+// What a CTA works on: the query cubes at `cubes` positions from `first` on, of one head, in the order along time.
 struct FineForwardTask {
-  int batch, head, first_cube, cubes;
+  int batch, head, first, cubes;
 };
 
 template <class Kernel>
@@ -62,7 +62,7 @@ VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const Fine
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
     bool exists = i < task.cubes;
-    int cube = task.first_cube + (exists ? i : 0);
+    int cube = params.q_grid.cube_along_time(task.first + (exists ? i : 0));
     lists.start(i, params.lists.list(task.batch, task.head, cube),
                 exists ? params.lists.count(task.batch, task.head, cube) : 0);
     if (exists && elect_one()) {
@@ -215,7 +215,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
   }
   fine_forward_attend(state, shared.ring, consumer);
   if (exists) {
-    int cube = task.first_cube + consumer;
+    int cube = params.q_grid.cube_along_time(task.first + consumer);
     CubeAddress address{task.batch, task.head, params.q_grid.origin(cube)};
     fine_forward_epilogue(state, shared.query[consumer], consumer, maps, params, address, cube);
   }

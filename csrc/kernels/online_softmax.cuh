@@ -41,6 +41,9 @@ class OnlineSoftmax {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, reference == -INFINITY ? 0.0f : -reference));
     }
     add_row_sum(sum_, scores);
+    // Never so. ptxas would move the caller's wait for a running product above the exponentials, which are meant to run
+    // beside it; a branch on their sum keeps them on this side.
+    if (sum_.data[0] < 0.0f || sum_.data[1] < 0.0f) __trap();
     return rescale;
   }
 

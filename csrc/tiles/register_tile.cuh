@@ -119,10 +119,11 @@ VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile
   for (int i = 0; i < result.kRegisters; i++) result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
 }
 
-// 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0).
+// 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0). volatile: it stays on its side of a wait, so
+// that exponentials run while a matrix product does.
 VSA_DEVICE float exp2_approx(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -10,6 +10,7 @@ namespace vsa {
 template <class T, int kRows_, int kCols_>
 struct alignas(1024) SharedTile {
   static_assert(is_half_type<T> && kRows_ % 8 == 0 && kCols_ % 64 == 0);
+  using Element = T;
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kPanelCols = 64;

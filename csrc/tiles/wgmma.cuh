@@ -142,16 +142,24 @@ VSA_DEVICE uint64_t descriptor(const void* start, uint32_t leading_bytes) {
          uint64_t(1) << 62;
 }
 
-// 16 columns, number `step`, of a tile that is summed over its columns.
+// A descriptor `bytes` further on; shared addresses stay below 2^18, so that nothing carries into the next field.
+VSA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+// Where 16 columns, number `step`, of a tile that is summed over its columns begin.
 template <class Tile>
-VSA_DEVICE uint64_t columns_descriptor(Tile& tile, int step) {
-  return descriptor(tile.panel(step / 4) + step % 4 * 16, Tile::kPanelBytes);
+constexpr int columns_offset(int step) {
+  return step / 4 * Tile::kPanelBytes + step % 4 * 16 * sizeof(typename Tile::Element);
 }
 
-// 16 rows, number `step`, of columns first_column onward of a tile that is summed over its rows.
+// Where 16 rows, number `step`, of columns first_column onward begin in a tile that is summed over its rows.
 template <class Tile>
-VSA_DEVICE uint64_t rows_descriptor(Tile& tile, int step, int first_column) {
-  return descriptor(tile.panel(first_column / 64) + step * 16 * 64, Tile::kPanelBytes);
+constexpr int rows_offset(int step, int first_column) {
+  return first_column / Tile::kPanelCols * Tile::kPanelBytes + step * 16 * Tile::kPanelCols * sizeof(typename Tile::Element);
+}
+
+template <class Tile>
+VSA_DEVICE uint64_t descriptor(Tile& tile) {
+  return descriptor(tile.data, Tile::kPanelBytes);
 }
 
 template <class T, int kTransposeA, int kTransposeB, int kCols>
@@ -174,21 +182,32 @@ VSA_DEVICE void mma_step(FloatTile<kCols>& d, const uint32_t (&a)[4], uint64_t b
   }
 }
 
+// The 16 columns, number `step`, of an operand in registers.
+template <class T, int kCols>
+VSA_DEVICE void fragment(uint32_t (&result)[4], const HalfTile<T, kCols>& tile, int step) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) result[i] = tile.data[4 * step + i];
+}
+
 // d[64, N] = a[64, K] b[N, K]^T, added to d if `accumulate`.
 template <class T, int kN, int kK>
 VSA_DEVICE void mma_ABt(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+  uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    mma_step<T, 0, 0>(d, columns_descriptor(a, k), columns_descriptor(b, k), accumulate || k > 0);
+    mma_step<T, 0, 0>(d, advance(a_start, columns_offset<SharedTile<T, 64, kK>>(k)),
+                      advance(b_start, columns_offset<SharedTile<T, kN, kK>>(k)), accumulate || k > 0);
   }
 }
 
 template <class T, int kN, int kK>
 VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+  uint64_t b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    const uint32_t fragment[4] = {a.data[4 * k], a.data[4 * k + 1], a.data[4 * k + 2], a.data[4 * k + 3]};
-    mma_step<T, 0>(d, fragment, columns_descriptor(b, k), accumulate || k > 0);
+    uint32_t a_fragment[4];
+    fragment(a_fragment, a, k);
+    mma_step<T, 0>(d, a_fragment, advance(b_start, columns_offset<SharedTile<T, kN, kK>>(k)), accumulate || k > 0);
   }
 }
 
@@ -196,19 +215,24 @@ VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T
 template <class T, int kN, int kK, int kCols>
 VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
                        int first_column = 0) {
+  uint64_t b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    const uint32_t fragment[4] = {a.data[4 * k], a.data[4 * k + 1], a.data[4 * k + 2], a.data[4 * k + 3]};
-    mma_step<T, 1>(d, fragment, rows_descriptor(b, k, first_column), accumulate || k > 0);
+    uint32_t a_fragment[4];
+    fragment(a_fragment, a, k);
+    mma_step<T, 1>(d, a_fragment, advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
+                   accumulate || k > 0);
   }
 }
 
 template <class T, int kN, int kK, int kCols>
 VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
                        int first_column = 0) {
+  uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    mma_step<T, 0, 1>(d, columns_descriptor(a, k), rows_descriptor(b, k, first_column), accumulate || k > 0);
+    mma_step<T, 0, 1>(d, advance(a_start, columns_offset<SharedTile<T, 64, kK>>(k)),
+                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)), accumulate || k > 0);
   }
 }
 
@@ -216,9 +240,11 @@ VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T,
 template <class T, int kN, int kK, int kCols>
 VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
                         int first_column = 0) {
+  uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    mma_step<T, 1, 1>(d, rows_descriptor(a, k, 0), rows_descriptor(b, k, first_column), accumulate || k > 0);
+    mma_step<T, 1, 1>(d, advance(a_start, rows_offset<SharedTile<T, kK, 64>>(k, 0)),
+                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)), accumulate || k > 0);
   }
 }
 
