@@ -72,7 +72,7 @@ def num_cubes(video_shape: Sequence[int], cube: Sequence[int]) -> int:
 def topk_from_sparsity(sparsity: float, video_shape: Sequence[int], cube: Sequence[int] = (4, 4, 4)) -> int:
     """Cubes that every query cube keeps: ceil(round((1 - sparsity) * cubes, 6)), at least 1.
 
-    The rounding absorbs the binary error of decimal fractions: 0.9 of 1440 cubes leaves 144, not 145.
+    The rounding absorbs the binary error of decimal fractions: a sparsity of 0.7 leaves 3 of 10 cubes, not 4.
 
     Args:
         sparsity: fraction of the cubes left out, in [0, 1]. 0 keeps every cube (dense), 1 keeps one.

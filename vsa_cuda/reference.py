@@ -138,7 +138,7 @@ def fine_forward(
     for rows in blocks.chunks():
         keys, values, masked = blocks.gather(rows)
         scores = (queries[rows] @ keys.mT).mul_(scale).masked_fill_(masked, -torch.inf)
-        lse[rows] = _logsumexp(scores)
+        lse[rows] = scores.logsumexp(dim=-1)
         out[rows] = scores.sub_(_finite(lse[rows])[..., None]).exp_() @ values
     out = out.view(batch, heads, q_grid.num_cubes, CUBE_VOLUME, head_dim)
     out = _to_raster(out.masked_fill_(~q_valid[..., None], 0.0), q_grid).to(q.dtype)
@@ -403,9 +403,3 @@ def _gate_gradient(gate: Gate, grad: torch.Tensor, branch: torch.Tensor) -> torc
 def _finite(lse: torch.Tensor) -> torch.Tensor:
     """Replaces the -inf of a row without keys by 0: exp(-inf - 0) = 0 where exp(-inf + inf) is NaN."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _logsumexp(scores: torch.Tensor) -> torch.Tensor:
-    if scores.shape[-1] == 0:
-        return scores.new_full(scores.shape[:-1], -torch.inf)
-    return scores.logsumexp(dim=-1)
