@@ -1,12 +1,10 @@
 """Latent-like tokens of a video, and q, k, v from them by fixed random projections with 3-D RoPE.
 
-No weights are trained here. The shapes follow Wan 2.1 (a causal video VAE of 4 x 8 x 8, then patches of 2 x 2), so
-that a token covers 16 x 16 pixels of 4 frames; what a VAE learns is replaced by a cosine transform, and the
-projections are random numbers from a seed. Query and key projections are correlated, so that a score tells how
-alike two tokens look and how near they are: enough for lists of cubes that follow a real video's content.
+No weights are trained here. The shapes follow Wan 2.1 (a causal video VAE of 4 x 8 x 8, then 2 x 2 patches):
+a token covers 16 x 16 pixels of 4 frames. What a VAE learns is replaced by a cosine transform, and the
+projections are random numbers from a seed. Query and key projections are correlated, so that a score tells
+how alike two tokens look and how near they are: enough for cube lists that follow a real video's content.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -14,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..geometry import CubeGrid
-from .video import FRAMES_PER_LATENT, TOKEN_PIXELS, read_frames
+from vsa_cuda import ops
+from vsa_cuda.demo.video import FRAMES_PER_LATENT, TOKEN_PIXELS, read_frames
+from vsa_cuda.geometry import CubeGrid
 
 _BLOCK = 8  # pixels a side of one latent position, as in Wan's VAE
 _FREQUENCIES = 2  # lowest cosine frequencies kept along each side
@@ -37,9 +36,9 @@ class Projected(NamedTuple):
 def frames_to_tokens(frames: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """Latent-like tokens of a clip.
 
-    Every 8 x 8 block of pixels, averaged over the latent's frames (frame 0 alone, then 4 at a time), keeps its
-    2 x 2 lowest cosine frequencies in Y, Cb, Cr: 12 channels, each brought to mean 0 and deviation 1 over the
-    clip, as latents of a VAE have. A token is a patch of 2 x 2 of them.
+    Every 8 x 8 block of pixels, averaged over the latent's frames (frame 0 alone, then 4 at a time), keeps
+    its 2 x 2 lowest cosine frequencies in Y, Cb, Cr: 12 channels, each brought to mean 0 and deviation 1
+    over the clip, about what latents of a VAE have. A token is a patch of 2 x 2 of them.
 
     Args:
         frames: uint8 [1 + 4 n, height, width, 3] RGB, height and width multiples of 16.
@@ -51,8 +50,8 @@ def frames_to_tokens(frames: torch.Tensor, device: torch.device | str | None = N
     num_frames, height, width, _ = frames.shape
     if (num_frames - 1) % FRAMES_PER_LATENT or height % TOKEN_PIXELS or width % TOKEN_PIXELS:
         raise ValueError(
-            f"frames: got {tuple(frames.shape)}, expected 1 + {FRAMES_PER_LATENT} n frames with sides that are "
-            f"multiples of {TOKEN_PIXELS} pixels"
+            f"frames: got {tuple(frames.shape)}, expected 1 + {FRAMES_PER_LATENT} n frames with sides that "
+            f"are multiples of {TOKEN_PIXELS} pixels; cut the clip"
         )
     device = frames.device if device is None else device
     starts = [0, *range(1, num_frames, FRAMES_PER_LATENT)]
@@ -122,8 +121,8 @@ def project(
 ) -> Projected:
     """q, k, v and a gate from tokens [T, H, W, C], by random projections that depend on `seed` alone.
 
-    q and k are brought to root mean square 1 per head (as Wan's q and k norms do) and get 3-D RoPE. Computed in
-    fp32 a latent frame at a time, rounded to `dtype` at the end; on the device of `tokens`.
+    q and k are brought to root mean square 1 per token and head and get 3-D RoPE. Computed in fp32 a latent
+    frame at a time, rounded to `dtype` at the end; on the device of `tokens`.
     """
     video_shape, device = tuple(tokens.shape[:3]), tokens.device
     generator = torch.Generator().manual_seed(seed)
@@ -190,15 +189,16 @@ def clip_to_block_lists(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lists that VSA's coarse stage chooses on a real clip: kv_num_blocks int32 [1, heads, N] and kv_indices
-    int32 [1, heads, N, topk]. Arguments as clip_to_qkv's."""
-    from .. import ops  # noqa: F401  registers torch.ops.vsa_cuda
+    """The cubes that VSA's coarse stage chooses on a real clip.
 
+    Arguments as clip_to_qkv's. Returns kv_num_blocks int32 [1, heads, N] and kv_indices int32
+    [1, heads, N, topk], ascending.
+    """
     query, key, value = clip_to_qkv(
         path, video_shape, heads=heads, head_dim=head_dim, device=device, dtype=dtype, seed=seed
     )
     grid = CubeGrid(video_shape, cube)
-    *_, kv_num_blocks, kv_indices = torch.ops.vsa_cuda.coarse_forward(
+    *_, kv_num_blocks, kv_indices = ops.coarse_forward(
         query, key, value, grid.video_shape, grid.cube, topk, head_dim**-0.5, False
     )
     return kv_num_blocks, kv_indices

@@ -1,15 +1,17 @@
 """What the demo measures: attention mass, error against dense attention, time, memory."""
 
-from __future__ import annotations
-
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from ..geometry import CubeGrid
+from vsa_cuda.geometry import CubeGrid
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -69,25 +71,27 @@ def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`."""
-    return float((got.float() - expected.float()).norm() / expected.float().norm())
+    got, expected = got.detach().float(), expected.detach().float()
+    return float((got - expected).norm() / expected.norm())
 
 
-def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median wall time of call() in seconds; on a GPU between CUDA events, after one call that warms up."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    call()
-    times = []
+def timed(call: Callable[[], Result], device: torch.device, repeats: int) -> tuple[float, Result]:
+    """Seconds that call() takes (median of `repeats`) and its last result. CUDA events on a GPU."""
+    seconds = []
     for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+        result = None  # frees what the call before made: peak memory is of one call
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = call()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            result = call()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,13 +1,11 @@
 """The picture: one query cube and the cubes it chose, over the video's own frames."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .video import FRAMES_PER_LATENT, TOKEN_PIXELS, require
+from vsa_cuda.demo.video import FRAMES_PER_LATENT, TOKEN_PIXELS, require
 
 _QUERY_COLOUR = "#ff2d95"
 _CHOSEN_COLOUR = "#ffe14d"
@@ -31,12 +29,11 @@ def moving_cube(frames: torch.Tensor, cube: Sequence[int]) -> tuple[int, int, in
         change = change[: grid_rows * rows, : grid_columns * columns]
         change = change.unflatten(0, (grid_rows, -1)).unflatten(2, (grid_columns, -1))
         scores.append(change.mean((1, 3)))
-    # The panel next to the query's is where the eye looks: prefer neither the first slab nor the last.
-    inner = scores[1:-1] if len(scores) > 2 else scores
-    stacked = torch.stack(inner)
-    index = int(stacked.argmax())
+    # Not the first slab nor the last: the picture shows what comes before and after.
+    skipped = 1 if len(scores) > 2 else 0
+    index = int(torch.stack(scores[skipped : len(scores) - skipped]).argmax())
     t, rest = divmod(index, grid_rows * grid_columns)
-    return t + (1 if len(scores) > 2 else 0), rest // grid_columns, rest % grid_columns
+    return t + skipped, rest // grid_columns, rest % grid_columns
 
 
 def _slab_frames(num_frames: int, cube_t: int) -> list[tuple[int, int]]:
@@ -74,11 +71,11 @@ def draw_selection(
 
     slabs = _slab_frames(frames.shape[0], cube[0])
     shown = _slabs_to_show(len(slabs), query[0])
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
     height, width = frames.shape[1:3]
+    columns = min(3 if width >= height else _MAX_PANELS, len(shown))
+    rows = -(-len(shown) // columns)
     panel_width = 15.6 / columns
-    panel_height = panel_width * height / width + 0.28
+    panel_height = min(panel_width * height / width, 8.0) + 0.28
     figure = Figure(figsize=(16.0, rows * panel_height + 1.25), facecolor="white", dpi=120)
     FigureCanvasAgg(figure)
     top = 1 - 0.85 / figure.get_figheight()
@@ -91,12 +88,18 @@ def draw_selection(
         start, stop = slabs[slab]
         frame = (start + stop - 1) // 2
         _draw_panel(axis, frames[frame], cube, chosen[slab], query[1:] if slab == query[0] else None)
-        first, last = slab * cube[0], min((slab + 1) * cube[0], 1 + (frames.shape[0] - 1) // FRAMES_PER_LATENT)
-        mine = "   (query cube here)" if slab == query[0] else ""
+        first = slab * cube[0]
+        last = min(first + cube[0] - 1, (frames.shape[0] - 1) // FRAMES_PER_LATENT)
+        span = f"latent frames {first}-{last}" if last > first else f"latent frame {first}"
+        label = f"{span}, chosen: {int(chosen[slab].sum())}"
+        mine = slab == query[0]
         axis.set_title(
-            f"latent frames {first}-{last - 1}, video frame {frame}: {int(chosen[slab].sum())} cubes chosen{mine}",
-            fontsize=10, pad=4, loc="left", color=_QUERY_COLOUR if mine else "#222222",
-        )  # fmt: skip
+            label + (" (query here)" if mine else ""),
+            fontsize=10 if columns <= 3 else 8,
+            pad=4,
+            loc="left",
+            color=_QUERY_COLOUR if mine else "#222222",
+        )
     figure.text(0.0125, 1 - 0.34 / figure.get_figheight(), title, fontsize=16, weight="bold")
     figure.text(0.0125, 1 - 0.66 / figure.get_figheight(), subtitle, fontsize=11, color="#333333")
     _draw_legend(figure)
@@ -120,14 +123,15 @@ def _draw_panel(axis, image: torch.Tensor, cube, chosen: torch.Tensor, query) ->
     mask = chosen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:height, :width, None]
     colour = image.float() / 255
     grey = 0.06 + 0.38 * colour.mean(-1, keepdim=True).expand(-1, -1, 3)
-    axis.imshow(torch.where(mask, colour, grey).numpy(), extent=(0, width, height, 0), interpolation="antialiased")
-    axis.vlines(*_borders(chosen.T, columns, rows, width, height), color=_CHOSEN_COLOUR, linewidth=1.5)
-    axis.hlines(*_borders(chosen, rows, columns, height, width), color=_CHOSEN_COLOUR, linewidth=1.5)
+    axis.imshow(torch.where(mask, colour, grey).numpy(), extent=(0, width, height, 0))
+    style = {"color": _CHOSEN_COLOUR, "linewidth": 1.5, "capstyle": "projecting"}
+    axis.vlines(*_borders(chosen.T, columns, rows, width, height), **style)
+    axis.hlines(*_borders(chosen, rows, columns, height, width), **style)
     if query is not None:
         top, left = query[0] * rows, query[1] * columns
         box = (left, top), min(columns, width - left), min(rows, height - top)
-        axis.add_patch(Rectangle(*box, fill=False, edgecolor="white", linewidth=6))
-        axis.add_patch(Rectangle(*box, fill=False, edgecolor=_QUERY_COLOUR, linewidth=3.5))
+        axis.add_patch(Rectangle(*box, fill=False, edgecolor="white", linewidth=4.5, zorder=4))
+        axis.add_patch(Rectangle(*box, fill=False, edgecolor=_QUERY_COLOUR, linewidth=2.5, zorder=4))
     axis.set_axis_off()
 
 
@@ -147,4 +151,4 @@ def _draw_legend(figure) -> None:
         Patch(facecolor="none", edgecolor=_CHOSEN_COLOUR, linewidth=2, label="cubes it chose (in colour)"),
         Patch(facecolor="#555555", label="cubes it skips (dimmed)"),
     ]
-    figure.legend(handles=handles, loc="lower left", ncols=3, frameon=False, fontsize=10, bbox_to_anchor=(0.008, 0))
+    figure.legend(handles=handles, loc="lower left", ncols=3, frameon=False, bbox_to_anchor=(0.008, 0))

