@@ -5,8 +5,12 @@
 #include "launch/check.h"
 #include "launch/launch.h"
 #include "launch/plan.h"
+#include "launch/plan_combine_backward.h"
+#include "launch/plan_fine_backward.h"
 #include "launch/plan_fine_forward.h"
 #include "launch/plan_pool.h"
+#include "launch/plan_select.h"
+#include "launch/plan_transpose_index.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -36,13 +40,15 @@ TokenTensor token_tensor(uint64_t address, std::array<int64_t, 4> shape, std::ar
   return tensor;
 }
 
-LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const TokenTensor& value, const TokenTensor& out,
-                        const TokenTensor& out_fine, bool store_out_fine, const CubeGrid& q_grid, const CubeGrid& kv_grid,
-                        const StridedTensor& kv_num_blocks, const StridedTensor& kv_indices, uint64_t block_sizes,
-                        uint64_t q_block_sizes, uint64_t lse, uint64_t coarse, const Gate& gate_fine,
-                        const Gate& gate_coarse, double scale) {
-  FineForwardArguments arguments{query, key, value, out, out_fine, store_out_fine, q_grid, kv_grid};
-  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid);
+LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const TokenTensor& value,
+                        const TokenTensor& out, const TokenTensor& out_fine, bool store_out_fine,
+                        const CubeGrid& q_grid, const CubeGrid& kv_grid, const CubeGrid& coarse_grid,
+                        const StridedTensor& kv_num_blocks, const StridedTensor& kv_indices,
+                        uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t coarse,
+                        const Gate& gate_fine, const Gate& gate_coarse, double scale) {
+  FineForwardArguments arguments{query,          key,    value,   out,        out_fine,
+                                 store_out_fine, q_grid, kv_grid, coarse_grid};
+  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
   arguments.block_sizes = block_sizes;
   arguments.q_block_sizes = q_block_sizes;
   arguments.lse = lse;
@@ -51,6 +57,62 @@ LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const 
   arguments.gate_coarse = gate_coarse;
   arguments.scale = scale;
   return plan_fine_forward(arguments);
+}
+
+LaunchPlan transpose_index(std::array<int64_t, 4> shape, const StridedTensor& kv_num_blocks,
+                           const StridedTensor& kv_indices, int64_t num_kv_blocks, uint64_t q_offsets,
+                           uint64_t q_indices) {
+  TransposeIndexArguments arguments;
+  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, num_kv_blocks);
+  arguments.batch = shape[0];
+  arguments.heads = shape[1];
+  arguments.num_q_blocks = shape[2];
+  arguments.max_blocks = shape[3];
+  arguments.num_kv_blocks = num_kv_blocks;
+  arguments.q_offsets = q_offsets;
+  arguments.q_indices = q_indices;
+  return plan_transpose_index(arguments);
+}
+
+LaunchPlan combine_backward(const TokenTensor& grad_out, const TokenTensor& out_fine, const CubeGrid& grid,
+                            uint64_t block_sizes, const StridedTensor& grad_lse, uint64_t coarse,
+                            const Gate& gate_fine, const Gate& gate_coarse, uint64_t grad_fine,
+                            uint64_t delta, uint64_t grad_coarse, uint64_t grad_gate_fine,
+                            uint64_t grad_gate_coarse, uint64_t scalar_fine, uint64_t scalar_coarse) {
+  CombineBackwardArguments arguments{grad_out, out_fine, grid,      block_sizes,
+                                     grad_lse, coarse,   gate_fine, gate_coarse};
+  arguments.grad_fine = grad_fine;
+  arguments.delta = delta;
+  arguments.grad_coarse = grad_coarse;
+  arguments.grad_gate_fine = grad_gate_fine;
+  arguments.grad_gate_coarse = grad_gate_coarse;
+  arguments.scalar_fine = scalar_fine;
+  arguments.scalar_coarse = scalar_coarse;
+  return plan_combine_backward(arguments);
+}
+
+FineBackwardArguments fine_backward_arguments(
+    const TokenTensor& query, const TokenTensor& key, const TokenTensor& value, const TokenTensor& grad_out,
+    const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
+    const CubeGrid& q_grid, const CubeGrid& kv_grid, const StridedTensor& kv_num_blocks,
+    const StridedTensor& kv_indices, uint64_t q_offsets, uint64_t q_indices, int64_t q_indices_per_head,
+    uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t dq_pooled,
+    uint64_t dk_pooled, uint64_t dv_pooled, double scale) {
+  FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
+                                  grad_key, grad_value, q_grid, kv_grid};
+  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
+  arguments.q_offsets = q_offsets;
+  arguments.q_indices = q_indices;
+  arguments.q_indices_per_head = q_indices_per_head;
+  arguments.block_sizes = block_sizes;
+  arguments.q_block_sizes = q_block_sizes;
+  arguments.lse = lse;
+  arguments.delta = delta;
+  arguments.dq_pooled = dq_pooled;
+  arguments.dk_pooled = dk_pooled;
+  arguments.dv_pooled = dv_pooled;
+  arguments.scale = scale;
+  return arguments;
 }
 
 }  // namespace
@@ -65,8 +127,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TensorMapPlan>(m, "TensorMapPlan")
       .def_readonly("address", &TensorMapPlan::address)
       .def_property_readonly("element_type", [](const TensorMapPlan& map) { return name(map.type); })
-      .def_property_readonly("extents", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.extents)); })
-      .def_property_readonly("strides", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.strides)); })
+      .def_property_readonly("extents",
+                             [](const TensorMapPlan& map) { return py::tuple(py::cast(map.extents)); })
+      .def_property_readonly("strides",
+                             [](const TensorMapPlan& map) { return py::tuple(py::cast(map.strides)); })
       .def_property_readonly("box", [](const TensorMapPlan& map) { return py::tuple(py::cast(map.box)); })
       .def_readonly("swizzle", &TensorMapPlan::swizzle);
 
@@ -74,7 +138,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("kernel", &LaunchPlan::kernel)
       .def_property_readonly("grid", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.grid)); })
       .def_property_readonly("block", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.block)); })
-      .def_property_readonly("cluster", [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.cluster)); })
+      .def_property_readonly("cluster",
+                             [](const LaunchPlan& plan) { return py::tuple(py::cast(plan.cluster)); })
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
       .def_readonly("maps", &LaunchPlan::maps)
       .def_property_readonly("params", [](const LaunchPlan& plan) { return py::bytes(plan.params); });
@@ -83,14 +148,17 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_grid), py::kw_only(), "video_shape"_a, "cube"_a)
       .def_property_readonly("num_cubes", &CubeGrid::num_cubes)
       .def_property_readonly("num_tokens", &CubeGrid::num_tokens)
-      .def("cube_tokens",
-           [](const CubeGrid& grid, int cube) {
-             std::vector<int64_t> tokens(kCubeTokens);
-             for (int slot = 0; slot < kCubeTokens; slot++) tokens[slot] = grid.token(grid.origin(cube), slot);
-             return tokens;
-           },
-           "cube"_a)
-      .def("valid_slots", [](const CubeGrid& grid, int cube) { return grid.valid_slots(grid.origin(cube)); }, "cube"_a);
+      .def(
+          "cube_tokens",
+          [](const CubeGrid& grid, int cube) {
+            std::vector<int64_t> tokens(kCubeTokens);
+            for (int slot = 0; slot < kCubeTokens; slot++) tokens[slot] = grid.token(grid.origin(cube), slot);
+            return tokens;
+          },
+          "cube"_a)
+      .def(
+          "valid_slots", [](const CubeGrid& grid, int cube) { return grid.valid_slots(grid.origin(cube)); },
+          "cube"_a);
 
   py::class_<TokenTensor>(m, "TokenTensor")
       .def(py::init(&token_tensor), py::kw_only(), "address"_a, "shape"_a, "strides"_a, "dtype"_a);
@@ -100,11 +168,27 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Gate>(m, "Gate").def(py::init(&make_gate), py::kw_only(), "values"_a, "scalar"_a, "factor"_a);
 
-  m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a, "out_fine"_a,
-        "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "kv_num_blocks"_a, "kv_indices"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a,
-        "coarse"_a, "gate_fine"_a, "gate_coarse"_a, "scale"_a);
+  m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a,
+        "out_fine"_a, "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "coarse_grid"_a, "kv_num_blocks"_a,
+        "kv_indices"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
+        "gate_coarse"_a, "scale"_a);
 
   m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
+  m.def("plan_select", &plan_select, py::kw_only(), "query"_a, "key"_a, "topk"_a, "scale"_a, "counts"_a,
+        "indices"_a);
+
+  m.def("plan_transpose_index", &transpose_index, py::kw_only(), "shape"_a, "kv_num_blocks"_a, "kv_indices"_a,
+        "num_kv_blocks"_a, "q_offsets"_a, "q_indices"_a);
+  m.def("plan_combine_backward", &combine_backward, py::kw_only(), "grad_out"_a, "out_fine"_a, "grid"_a,
+        "block_sizes"_a, "grad_lse"_a, "coarse"_a, "gate_fine"_a, "gate_coarse"_a, "grad_fine"_a, "delta"_a,
+        "grad_coarse"_a, "grad_gate_fine"_a, "grad_gate_coarse"_a, "scalar_fine"_a, "scalar_coarse"_a);
+  py::class_<FineBackwardArguments>(m, "FineBackwardArguments")
+      .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
+           "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_num_blocks"_a,
+           "kv_indices"_a, "q_offsets"_a, "q_indices"_a, "q_indices_per_head"_a, "block_sizes"_a,
+           "q_block_sizes"_a, "lse"_a, "delta"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "scale"_a);
+  m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
+  m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);
 
   m.def("launch", &launch, py::kw_only(), "plan"_a, "device"_a, "stream"_a);
   m.def("kernel_names", &kernel_names);

@@ -30,10 +30,17 @@ def load() -> ModuleType:
     module, reason = _import()
     if module is None:
         raise RuntimeError(
-            f"vsa_cuda._C: got no compiled extension ({reason}), expected it beside {__file__}; rebuild with "
-            "`pip install --force-reinstall .` from the source tree, without VSA_CUDA_BUILD=0, or use CPU tensors"
+            f"vsa_cuda._C: got no compiled extension ({reason}), expected it beside {__file__}; "
+            "rebuild with `pip install --force-reinstall .` from the source tree, without VSA_CUDA_BUILD=0, "
+            "or use CPU tensors"
         )
     return module
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device: how many CTAs a kernel that stays resident starts."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(plan, tensor: torch.Tensor) -> None:

@@ -33,6 +33,10 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _gate(gate: torch.Tensor | None, value: float):
     """A gate for a kernel; a 0-d tensor stays on the device, as fp32."""
     if gate is None:
@@ -58,10 +62,11 @@ def pool(query, key, value, video_shape, cube):
 
 
 def _attend(
-    query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks=None, kv_indices=None, block_sizes=None,
-    q_block_sizes=None, out_fine=None, coarse=None, gate_fine=(None, 1.0), gate_coarse=(None, 0.0),
+    query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks=None, kv_indices=None,
+    block_sizes=None, q_block_sizes=None, out_fine=None, coarse=None, gate_fine=(None, 1.0),
+    gate_coarse=(None, 0.0), coarse_grid=None,
 ):  # fmt: skip
-    """One launch of the fine forward kernel. Without kv_indices every query block attends to all key blocks."""
+    """One launch of the fine forward kernel. Without kv_indices every query block attends to all keys."""
     C = _extension.load()
     # The second of each pair keeps a converted gate alive until the launch is on the stream.
     fine, _kept_fine = _gate(*gate_fine)
@@ -75,6 +80,7 @@ def _attend(
         store_out_fine=out_fine is not None,
         q_grid=q_grid,
         kv_grid=kv_grid,
+        coarse_grid=q_grid if coarse_grid is None else coarse_grid,
         kv_num_blocks=_strided(kv_num_blocks),
         kv_indices=_strided(kv_indices),
         block_sizes=_address(block_sizes),
@@ -84,6 +90,7 @@ def _attend(
         gate_fine=fine,
         gate_coarse=combined,
         scale=scale,
+        num_sms=_extension.num_sms(query.device),
     )
     _extension.launch(plan, query)
 
@@ -98,17 +105,40 @@ def fine_forward(
 ):  # fmt: skip
     q_grid, kv_grid = _grid(q_shape, q_cube), _grid(kv_shape, kv_cube)
     out, lse = query.new_empty(query.shape), _new_lse(query, q_grid)
-    gated = gate_fine is not None or gate_fine_value != 1.0
+    gated = coarse is not None or gate_fine is not None or gate_fine_value != 1.0
     out_fine = query.new_empty(query.shape) if gated else None
     _attend(
-        query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks, kv_indices, block_sizes, q_block_sizes,
-        out_fine, coarse, (gate_fine, gate_fine_value), (gate_coarse, gate_coarse_value),
+        query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks, kv_indices, block_sizes,
+        q_block_sizes, out_fine, coarse, (gate_fine, gate_fine_value), (gate_coarse, gate_coarse_value),
     )  # fmt: skip
     return out, out_fine if gated else query.new_empty(0), lse
 
 
 def _linear_grid(num_tokens):
     return _grid((1, 1, num_tokens), (1, 1, 64))
+
+
+def select(query_pooled, key_pooled, topk, scale):
+    """The `topk` key cubes with the largest scores of each query cube; pooled tensors are [B, H, N, D].
+
+    Returns:
+        kv_num_blocks: int32 [B, H, N], all topk.
+        kv_indices: int32 [B, H, N, topk], ascending; equal scores go to the lower index, NaN is the largest.
+    """
+    C = _extension.load()
+    rows = query_pooled.shape[:3]
+    counts = query_pooled.new_empty(rows, dtype=torch.int32)
+    indices = query_pooled.new_empty((*rows, topk), dtype=torch.int32)
+    plan = C.plan_select(
+        query=_tokens(query_pooled.transpose(1, 2)),
+        key=_tokens(key_pooled.transpose(1, 2)),
+        topk=topk,
+        scale=scale,
+        counts=counts.data_ptr(),
+        indices=indices.data_ptr(),
+    )
+    _extension.launch(plan, query_pooled)
+    return counts, indices
 
 
 def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_output):
@@ -121,3 +151,117 @@ def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_outpu
     if with_output:
         _attend(query_pooled, key_pooled, value_pooled, out.transpose(1, 2), lse, grid, grid, scale)
     return *pooled, out, lse, *select(pooled[0], pooled[1], topk, scale)
+
+
+def combine_backward(
+    grad_out, out_fine, grad_lse, coarse, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value,
+    q_block_sizes, q_shape, q_cube,
+):  # fmt: skip
+    C = _extension.load()
+    batch, _, heads, head_dim = out_fine.shape
+    coarse = _packed(coarse)
+    grid = _grid(q_shape, q_cube)
+    cubes = (batch, heads, grid.num_cubes)
+    gated = gate_fine is not None or gate_fine_value != 1.0
+    grad_fine = out_fine.new_empty(out_fine.shape if gated else 0)
+    delta = out_fine.new_empty((*cubes, 64), dtype=torch.float32)
+    grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim), dtype=torch.float32)
+    fine, _kept_fine = _gate(gate_fine, gate_fine_value)
+    combined, _kept_coarse = _gate(gate_coarse, gate_coarse_value)
+    gate_coarse = None if coarse is None else gate_coarse
+    grad_gate_fine, scalar_fine = _new_gate_gradient(out_fine, gate_fine, cubes)
+    grad_gate_coarse, scalar_coarse = _new_gate_gradient(out_fine, gate_coarse, cubes)
+    plan = C.plan_combine_backward(
+        grad_out=_tokens(grad_out),
+        out_fine=_tokens(out_fine),
+        grid=grid,
+        block_sizes=_address(q_block_sizes),
+        grad_lse=_strided(grad_lse),
+        coarse=_address(coarse),
+        gate_fine=fine,
+        gate_coarse=combined,
+        grad_fine=grad_fine.data_ptr(),
+        delta=delta.data_ptr(),
+        grad_coarse=grad_coarse.data_ptr(),
+        grad_gate_fine=_address(grad_gate_fine),
+        grad_gate_coarse=_address(grad_gate_coarse),
+        scalar_fine=_address(scalar_fine),
+        scalar_coarse=_address(scalar_coarse),
+    )
+    _extension.launch(plan, out_fine)
+    gate_gradients = (
+        _gate_gradient(out_fine, gate_fine, grad_gate_fine, scalar_fine),
+        _gate_gradient(out_fine, gate_coarse, grad_gate_coarse, scalar_coarse),
+    )
+    return grad_fine, delta, grad_coarse, *gate_gradients
+
+
+def _new_gate_gradient(out_fine, gate, cubes):
+    """What the kernel writes: the gradient of a tensor gate, or of a 0-d one a partial sum for each cube."""
+    if gate is None:
+        return None, None
+    if gate.dim() == 0:
+        return None, out_fine.new_empty(cubes, dtype=torch.float32)
+    return out_fine.new_empty(out_fine.shape), None
+
+
+def _gate_gradient(out_fine, gate, gradient, partial_sums):
+    if partial_sums is not None:
+        return partial_sums.sum().to(gate.dtype)
+    return out_fine.new_empty(0) if gradient is None else gradient
+
+
+def transpose_index(kv_num_blocks, kv_indices, num_kv_blocks):
+    C = _extension.load()
+    batch, heads, num_q_blocks, max_blocks = kv_indices.shape
+    q_offsets = kv_indices.new_empty((batch, heads, num_kv_blocks + 1))
+    q_indices = kv_indices.new_empty((batch, heads, num_q_blocks * max_blocks))
+    plan = C.plan_transpose_index(
+        shape=tuple(kv_indices.shape),
+        kv_num_blocks=_strided(kv_num_blocks),
+        kv_indices=_strided(kv_indices),
+        num_kv_blocks=num_kv_blocks,
+        q_offsets=q_offsets.data_ptr(),
+        q_indices=q_indices.data_ptr(),
+    )
+    _extension.launch(plan, kv_indices)
+    return q_offsets, q_indices
+
+
+def fine_backward(
+    grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, q_offsets, q_indices, block_sizes,
+    q_block_sizes, dq_pooled, dk_pooled, dv_pooled, q_shape, kv_shape, q_cube, kv_cube, scale, deterministic,
+):  # fmt: skip
+    """Two passes, dK and dV, then dQ; no reduction between CTAs, so `deterministic` changes nothing."""
+    C = _extension.load()
+    dq, dk, dv = (query.new_empty(x.shape) for x in (query, key, value))
+    lse, delta, q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = map(
+        _packed, (lse, delta, q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled)
+    )
+    arguments = C.FineBackwardArguments(
+        query=_tokens(query),
+        key=_tokens(key),
+        value=_tokens(value),
+        grad_out=_tokens(grad_fine),
+        grad_query=_tokens(dq),
+        grad_key=_tokens(dk),
+        grad_value=_tokens(dv),
+        q_grid=_grid(q_shape, q_cube),
+        kv_grid=_grid(kv_shape, kv_cube),
+        kv_num_blocks=_strided(kv_num_blocks),
+        kv_indices=_strided(kv_indices),
+        q_offsets=_address(q_offsets),
+        q_indices=_address(q_indices),
+        q_indices_per_head=q_indices.shape[2],
+        block_sizes=_address(block_sizes),
+        q_block_sizes=_address(q_block_sizes),
+        lse=_address(lse),
+        delta=_address(delta),
+        dq_pooled=_address(dq_pooled),
+        dk_pooled=_address(dk_pooled),
+        dv_pooled=_address(dv_pooled),
+        scale=scale,
+    )
+    _extension.launch(C.plan_fine_backward_kv(arguments), query)
+    _extension.launch(C.plan_fine_backward_q(arguments), query)
+    return dq, dk, dv

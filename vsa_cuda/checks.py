@@ -37,6 +37,14 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
             "a plain tensor: the op has no sharding rule",
             f"shard batch or heads and pass {name}.to_local()",
         )
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        fail(
+            NotImplementedError,
+            name,
+            "a tangent (forward-mode AD: torch.func.jvp, dual tensors)",
+            "a tensor without one",
+            "use reverse mode: backward, torch.autograd.grad or torch.func.vjp",
+        )
 
 
 def check_query_key_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: str) -> None:
@@ -57,7 +65,13 @@ def check_query_key_value(query: torch.Tensor, key: torch.Tensor, value: torch.T
         check_like_query(name, x, query)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if any(size == 0 for size in x.shape):
-            fail(ValueError, name, f"shape {tuple(x.shape)}", f"{axes} with no empty dimension", f"skip empty {name}")
+            fail(
+                ValueError,
+                name,
+                f"shape {tuple(x.shape)}",
+                f"{axes} with no empty dimension",
+                f"skip empty {name}",
+            )
         if x.shape[3] not in HEAD_DIMS:
             fail(
                 ValueError,
@@ -159,7 +173,9 @@ def check_base(name: str, x: torch.Tensor) -> None:
         )
 
 
-def check_num_tokens(name: str, x: torch.Tensor, dim: int, shape: tuple[int, int, int], shape_name: str) -> None:
+def check_num_tokens(
+    name: str, x: torch.Tensor, dim: int, shape: tuple[int, int, int], shape_name: str
+) -> None:
     t, h, w = shape
     if x.shape[dim] != t * h * w:
         fail(
@@ -203,7 +219,13 @@ def check_gate(name: str, gate: torch.Tensor | float | None, query: torch.Tensor
         return
     if not isinstance(gate, torch.Tensor):
         if isinstance(gate, bool) or not isinstance(gate, (int, float, torch.SymFloat, torch.SymInt)):
-            fail(TypeError, name, type(gate).__name__, "a tensor, a float or None", f"pass {name}=float({name})")
+            fail(
+                TypeError,
+                name,
+                type(gate).__name__,
+                "a tensor, a float or None",
+                f"pass {name}=float({name})",
+            )
         if not (-math.inf < gate and gate < math.inf):
             fail(ValueError, name, gate, "a finite float", f"check where {name} comes from")
         return
@@ -285,7 +307,7 @@ def check_index_values(
     block_sizes: torch.Tensor | None,
     q_block_sizes: torch.Tensor | None,
 ) -> None:
-    """Counts within [0, max_blocks], listed indices ascending within [0, num_kv_blocks), sizes within [0, 64].
+    """Counts in [0, max_blocks], listed indices ascending in [0, num_kv_blocks), sizes in [0, 64].
 
     Reads the tensors: synchronises, and raises RuntimeError under torch.compile.
     """
@@ -298,19 +320,39 @@ def check_index_values(
             "check the index once outside the compiled region",
         )
     max_blocks = kv_indices.shape[3]
-    _check_values("kv_num_blocks", kv_num_blocks, (kv_num_blocks < 0) | (kv_num_blocks > max_blocks),
-                  f"counts from 0 to max_blocks = {max_blocks}", "clamp it, or widen kv_indices")
+    _check_values(
+        "kv_num_blocks",
+        kv_num_blocks,
+        (kv_num_blocks < 0) | (kv_num_blocks > max_blocks),
+        f"counts from 0 to max_blocks = {max_blocks}",
+        "clamp it, or widen kv_indices",
+    )
     listed = torch.arange(max_blocks, device=kv_indices.device) < kv_num_blocks[..., None]
-    _check_values("kv_indices", kv_indices, listed & ((kv_indices < 0) | (kv_indices >= num_kv_blocks)),
-                  f"key blocks from 0 to {num_kv_blocks - 1}", "check kv_video_shape and kv_cube, or kv_num_blocks")
+    _check_values(
+        "kv_indices",
+        kv_indices,
+        listed & ((kv_indices < 0) | (kv_indices >= num_kv_blocks)),
+        f"key blocks from 0 to {num_kv_blocks - 1}",
+        "check kv_video_shape and kv_cube, or kv_num_blocks",
+    )
     disorder = torch.zeros_like(listed)
     disorder[..., 1:] = listed[..., 1:] & (kv_indices[..., 1:] <= kv_indices[..., :-1])
-    _check_values("kv_indices", kv_indices, disorder, "distinct key blocks in ascending order in every row",
-                  "sort the listed part: kv_indices.sort(dim=-1).values where rows are full")
+    _check_values(
+        "kv_indices",
+        kv_indices,
+        disorder,
+        "distinct key blocks in ascending order in every row",
+        "sort the listed part: kv_indices.sort(dim=-1).values where rows are full",
+    )
     for name, sizes in (("block_sizes", block_sizes), ("q_block_sizes", q_block_sizes)):
         if sizes is not None:
-            _check_values(name, sizes, (sizes < 0) | (sizes > CUBE_VOLUME),
-                          f"sizes from 0 to {CUBE_VOLUME}", f"clamp it: {name}.clamp(0, {CUBE_VOLUME})")
+            _check_values(
+                name,
+                sizes,
+                (sizes < 0) | (sizes > CUBE_VOLUME),
+                f"sizes from 0 to {CUBE_VOLUME}",
+                f"clamp it: {name}.clamp(0, {CUBE_VOLUME})",
+            )
 
 
 def _check_values(name: str, x: torch.Tensor, wrong: torch.Tensor, expected: str, fix: str) -> None:

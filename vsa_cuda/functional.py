@@ -4,7 +4,14 @@ import torch
 
 from vsa_cuda import checks
 from vsa_cuda.autograd import BlockSparse, VideoSparse
-from vsa_cuda.geometry import CUBE_VOLUME, check_cube, check_video_shape, cubes_shape, num_cubes, topk_from_sparsity
+from vsa_cuda.geometry import (
+    CUBE_VOLUME,
+    CubeGrid,
+    check_cube,
+    check_video_shape,
+    num_cubes,
+    topk_from_sparsity,
+)
 
 _LINEAR_CUBE = (1, 1, CUBE_VOLUME)
 
@@ -27,21 +34,23 @@ def video_sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Video Sparse Attention: `O = O_f * gate_fine + O_c[cube] * gate_coarse`.
 
-    The coarse stage attends between the means of cubes of 64 tokens, gives O_c and selects `topk` key cubes for
-    every query cube and head; the fine stage attends from every token to the tokens of the selected cubes, O_f.
-    Gradients flow through O_f, O_c and both gates, none through the selection.
+    The coarse stage attends between the means of cubes of 64 tokens, gives O_c and selects `topk` key cubes
+    for every query cube and head; the fine stage attends from every token to the tokens of the selected
+    cubes, O_f. Gradients flow through O_f, O_c and both gates, none through the selection.
 
     Args:
-        query, key, value: [B, S, H, D] ([B, H, S, D] for layout "bhsd"), S = T * H * W tokens in raster order (W
-            fastest). bfloat16 or float16, on the CPU also float32 and float64; D 64 or 128, on every device.
-            Views are read in place: head_dim contiguous, base aligned to 16 bytes, strides of dimensions longer
-            than 1 multiples of 8 elements. Under autocast they and tensor gates are cast to its dtype.
+        query, key, value: [B, S, H, D] ([B, H, S, D] for layout "bhsd"), S = T * H * W tokens in raster order
+            (W fastest). bfloat16 or float16, on the CPU also float32 and float64; D 64 or 128, on every
+            device. Views are read in place: head_dim contiguous, base aligned to 16 bytes, strides of
+            dimensions longer than 1 multiples of 8 elements. Under autocast they and tensor gates are cast
+            to its dtype.
         video_shape: (T, H, W) in tokens, every size at least 1.
         topk: key cubes per query cube, at least 1; all cubes (dense) from the number of cubes upwards.
-        sparsity: fraction of cubes left out, in [0, 1]; see topk_from_sparsity. Exactly one of topk and sparsity.
-        gate_coarse, gate_fine: a tensor like query (same shape, dtype and layout; any strides), a 0-d tensor of any
-            floating dtype, or a float. None is 1.0. gate_coarse=0.0 (the float) skips the coarse output, not the
-            selection.
+        sparsity: fraction of cubes left out, in [0, 1]; see topk_from_sparsity. Exactly one of topk and
+            sparsity.
+        gate_coarse, gate_fine: a tensor like query (same shape, dtype and layout; any strides), a 0-d tensor
+            of any floating dtype, or a float. None is 1.0. gate_coarse=0.0 (the float) skips the coarse
+            output, not the selection.
         cube: (t, h, w) in tokens, of volume 64.
         scale: factor of the scores, above 0; head_dim**-0.5 by default.
         layout: "bshd" or "bhsd", of query, key, value, tensor gates and the result.
@@ -53,15 +62,15 @@ def video_sparse_attention(
     `topk` or 0-d tensor gates.
 
     Returns:
-        out: like query, a new tensor in BSHD memory (a transposed view of it for "bhsd"). With return_selection
-        (out, kv_num_blocks, kv_indices): int32 [B, H, N] and [B, H, N, topk], ascending cubes.
+        out: like query, a new tensor in BSHD memory (a transposed view of it for "bhsd").
+        With return_selection (out, kv_num_blocks, kv_indices): int32 [B, H, N] and [B, H, N, topk].
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what was got and expected, and the fix.
         RuntimeError: a GPU that is not sm_90, or CUDA tensors without the compiled extension.
     """
     checks.check_layout(layout)
-    query, key, value, gate_fine, gate_coarse = _prepare(query, key, value, gate_fine, gate_coarse, layout)
+    query, key, value, gate_fine, gate_coarse = _prepare(query, key, value, gate_fine, gate_coarse)
     checks.check_query_key_value(query, key, value, layout)
     video_shape, cube = check_video_shape(video_shape), check_cube(cube)
     sequence = _sequence_dim(layout)
@@ -75,10 +84,11 @@ def video_sparse_attention(
 
     gate_fine, gate_fine_value = _split_gate(gate_fine, query, layout)
     gate_coarse, gate_coarse_value = _split_gate(gate_coarse, query, layout)
+    with_coarse = gate_coarse is not None or gate_coarse_value != 0.0
     query, key, value = (_to_bshd(x, layout) for x in (query, key, value))
     out, kv_num_blocks, kv_indices, *_ = VideoSparse.apply(
-        query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, video_shape, cube, topk, scale,
-        deterministic,
+        query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, with_coarse,
+        video_shape, cube, topk, scale, deterministic,
     )  # fmt: skip
     out = _from_bshd(out, layout)
     return (out, kv_num_blocks, kv_indices) if return_selection else out
@@ -107,31 +117,33 @@ def block_sparse_attention(
 
     Args:
         query: [B, Sq, H, D]; key, value: [B, Skv, H, D]. See video_sparse_attention.
-        kv_num_blocks: int32 [B, H, Nq], length of each list. An empty one gives out = 0, LSE = -inf, no gradient.
-        kv_indices: int32 [B, H, Nq, max_blocks], distinct key blocks, ascending; entries beyond the length are
-            not read. from_block_mask makes both from a FlexAttention BlockMask.
+        kv_num_blocks: int32 [B, H, Nq], length of each list. An empty one gives out = 0, LSE = -inf, no
+            gradient.
+        kv_indices: int32 [B, H, Nq, max_blocks], distinct key blocks, ascending; entries beyond the length
+            are not read. from_block_mask makes both from a FlexAttention BlockMask.
         video_shape: (T, H, W) of the query tokens; blocks are then its cubes. None: blocks of 64 consecutive
             tokens, the last one may be shorter.
         kv_video_shape: (T, H, W) of the key tokens; None: as video_shape. For video queries and keys in
             consecutive blocks pass (1, 1, Skv) and kv_cube=(1, 1, 64).
         cube, kv_cube: (t, h, w) in tokens, of volume 64; kv_cube None: as cube.
-        block_sizes, q_block_sizes: int32 [Nkv] and [Nq], 0 to 64: only that many leading slots of each block hold
-            tokens. The others may hold anything, NaN included; as queries they give out = 0 and LSE = -inf, and
-            their gradients are 0.
+        block_sizes, q_block_sizes: int32 [Nkv] and [Nq], 0 to 64: only that many leading slots of each block
+            hold tokens. The others may hold anything, NaN included; as queries they give out = 0 and
+            LSE = -inf, and their gradients are 0.
         return_lse: return the log-sum-exp as well.
-        check: validate the values of the index and the sizes. Synchronises; raises under torch.compile. Without
-            it, values out of order or range are undefined behaviour.
+        check: validate the values of the index and the sizes. Synchronises; raises under torch.compile.
+            Without it, values out of order or range are undefined behaviour.
         scale, layout, deterministic: see video_sparse_attention.
 
     Returns:
-        out: like query, new, in BSHD memory. With return_lse (out, lse): natural log, fp32 (float64 for float64)
-        [B, H, Sq], differentiable, so that partial attentions can be merged by their LSE.
+        out: like query, a new tensor in BSHD memory (a transposed view of it for "bhsd").
+        With return_lse (out, lse): lse [B, H, Sq] in both layouts, natural log, float32 (float64 for
+        float64), differentiable, so that partial attentions can be merged.
 
     Raises:
         TypeError, ValueError, RuntimeError: see video_sparse_attention.
     """
     checks.check_layout(layout)
-    query, key, value, *_ = _prepare(query, key, value, None, None, layout)
+    query, key, value, *_ = _prepare(query, key, value, None, None)
     checks.check_query_key_value(query, key, value, layout)
     sequence, heads = _sequence_dim(layout), 3 - _sequence_dim(layout)
     q_shape, kv_shape, cube, kv_cube = _resolve_grids(
@@ -153,8 +165,8 @@ def block_sparse_attention(
     kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
     block_sizes, q_block_sizes = (None if x is None else x.contiguous() for x in (block_sizes, q_block_sizes))
     out, lse = BlockSparse.apply(
-        query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, q_shape, kv_shape, cube, kv_cube,
-        num_kv_blocks, scale, return_lse, deterministic,
+        query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, q_shape, kv_shape, cube,
+        kv_cube, num_kv_blocks, scale, return_lse, deterministic,
     )  # fmt: skip
     out = _from_bshd(out, layout)
     return (out, _lse_of_tokens(lse, q_shape, cube, q_block_sizes is not None)) if return_lse else out
@@ -163,12 +175,12 @@ def block_sparse_attention(
 def from_block_mask(block_mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Converts a torch.nn.attention.flex_attention.BlockMask with blocks of 64x64.
 
-    Takes the union of its full and partial lists. Partial blocks under a mask_mod would need the mask inside the
-    block, which block_sparse_attention does not evaluate: they are refused. A list given without mask_mod
-    (BlockMask.from_kv_blocks) means whole blocks. Reads one count on the host unless there is no mask_mod.
+    Takes the union of its full and partial lists. Partial blocks under a mask_mod would need the mask inside
+    the block, which block_sparse_attention does not evaluate: they are refused. Lists without a mask_mod
+    (BlockMask.from_kv_blocks) mean whole blocks. With a mask_mod, synchronises to read the counts.
 
     Returns:
-        kv_num_blocks int32 [B, H, Nq] and kv_indices int32 [B, H, Nq, max_blocks], ascending, 0 after the list.
+        kv_num_blocks int32 [B, H, Nq], kv_indices int32 [B, H, Nq, max_blocks], ascending, 0 after the list.
         B and H are those of the mask: .expand them where the mask is shared.
 
     Raises:
@@ -209,7 +221,9 @@ def _num_kv_blocks(block_mask) -> int:
     return -(-block_mask.seq_lengths[1] // CUBE_VOLUME)
 
 
-def _union(lists: list[tuple[torch.Tensor, torch.Tensor]], num_kv_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _union(
+    lists: list[tuple[torch.Tensor, torch.Tensor]], num_kv_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted union of (counts [...], indices [..., width]) pairs."""
     columns = []
     for counts, indices in lists:
@@ -223,8 +237,8 @@ def _union(lists: list[tuple[torch.Tensor, torch.Tensor]], num_kv_blocks: int) -
     return counts.to(torch.int32), merged.masked_fill(merged == num_kv_blocks, 0).to(torch.int32).contiguous()
 
 
-def _prepare(query, key, value, gate_fine, gate_coarse, layout):
-    """Autocast, and views that tell apart a tensor passed twice: autograd keeps one gradient for each input."""
+def _prepare(query, key, value, gate_fine, gate_coarse):
+    """Autocast, and a view of each tensor: one passed twice would lose a gradient in compiled autograd."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, x)
     device = query.device.type
@@ -266,8 +280,11 @@ def _split_gate(gate, query: torch.Tensor, layout: str) -> tuple[torch.Tensor | 
 def _resolve_topk(topk, sparsity, video_shape, cube) -> int:
     checks.check_one_of("topk", topk, "sparsity", sparsity, "pass topk=32 or sparsity=0.9, for instance")
     if topk is None:
+        # A traced float cannot become an integer under torch.compile: hashing makes it a constant there.
+        hash(sparsity)
         return topk_from_sparsity(sparsity, video_shape, cube)
     checks.check_topk(topk)
+    # topk equal to the number of cubes is dense attention: every list is 0, 1, ..., cubes - 1.
     return min(topk, num_cubes(video_shape, cube))
 
 
@@ -289,7 +306,11 @@ def _resolve_grids(video_shape, kv_video_shape, cube, kv_cube, num_q_tokens, num
     kv_cube = None if kv_cube is None else check_cube(kv_cube, "kv_cube")
     if video_shape is None and kv_video_shape is None and kv_cube is not None:
         checks.fail(
-            ValueError, "kv_cube", kv_cube, "None without kv_video_shape", "pass kv_video_shape, or leave kv_cube out"
+            ValueError,
+            "kv_cube",
+            kv_cube,
+            "None without kv_video_shape",
+            "pass kv_video_shape, or leave kv_cube out",
         )
     if video_shape is None and cube != (4, 4, 4) and (kv_video_shape is None or kv_cube is not None):
         checks.fail(
@@ -307,9 +328,6 @@ def _resolve_grids(video_shape, kv_video_shape, cube, kv_cube, num_q_tokens, num
 
 
 def _lse_of_tokens(lse: torch.Tensor, shape, cube, padded: bool) -> torch.Tensor:
-    """[B, H, N, 64] -> [B, H, S] in raster order, by views and one copy; padded queries: -inf, like empty rows."""
-    (nt, nh, nw), (ct, ch, cw), (t, h, w) = cubes_shape(shape, cube), cube, shape
-    lse = lse.unflatten(-1, (ct, ch, cw)).unflatten(2, (nt, nh, nw))  # [B, H, nt, nh, nw, ct, ch, cw]
-    lse = lse.permute(0, 1, 2, 5, 3, 6, 4, 7).reshape(*lse.shape[:2], nt * ct, nh * ch, nw * cw)
-    lse = lse[:, :, :t, :h, :w].reshape(*lse.shape[:2], t * h * w)
+    """[B, H, N, 64] -> [B, H, S] in raster order; padded queries get -inf, like empty rows."""
+    lse = lse.flatten(2).index_select(2, CubeGrid(shape, cube).slot_of_token(lse.device))
     return lse.masked_fill(lse == torch.inf, -torch.inf) if padded else lse

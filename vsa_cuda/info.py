@@ -6,10 +6,10 @@ from vsa_cuda import _extension
 
 
 def info() -> dict[str, str]:
-    """Returns the versions, the device, the backend in use and why. Never raises for a missing GPU or extension.
+    """Returns the versions, the device, the backend in use and why. Works without a GPU or the extension.
 
-    Keys: vsa_cuda, torch, device, extension, backend ("cuda" or "reference"), why. With backend "reference" CPU
-    tensors run the PyTorch reference and CUDA tensors raise; nothing falls back silently.
+    Keys: vsa_cuda, torch, device, extension, backend ("cuda" or "reference"), why. With backend "reference"
+    CPU tensors run the PyTorch reference and CUDA tensors raise; nothing falls back silently.
     """
     from vsa_cuda import __version__
 
@@ -21,7 +21,7 @@ def info() -> dict[str, str]:
         reason = _extension.unavailable_reason()
         backend, why = "reference", f"the GPU would do, but vsa_cuda._C does not import ({reason}): reinstall"
     else:
-        backend, why = "cuda", "sm_90 GPU and compiled extension present; CPU tensors run the PyTorch reference"
+        backend, why = "cuda", "sm_90 GPU and compiled extension; CPU tensors run the PyTorch reference"
     return {
         "vsa_cuda": __version__,
         "torch": torch.__version__,

@@ -10,10 +10,11 @@ from vsa_cuda.functional import video_sparse_attention
 class VideoSparseAttention(nn.Module):
     """Video Sparse Attention with the coarse gate projected from the hidden states.
 
-    Stands where a block calls its self-attention core, after the q, k, v projections, their norms and RoPE, and
-    before the output projection. It owns `to_gate_compress`, Linear(dim, dim): the gate of the coarse output. It is
-    zero-initialised, so a pretrained dense block starts from the fine stage alone (exactly its dense attention
-    while topk covers all cubes), and has the name that VSA checkpoints use. The fine gate is 1.
+    Stands where a block calls its self-attention core, after the q, k, v projections, their norms and RoPE,
+    and before the output projection. It owns `to_gate_compress`, Linear(dim, dim): the gate of the coarse
+    output. It is zero-initialised, so a pretrained dense block starts from the fine stage alone (exactly its
+    dense attention while topk covers all cubes), and has the name that VSA checkpoints use. There is no fine
+    gate.
 
     Args:
         dim: width of the hidden states, heads * head_dim.
@@ -39,7 +40,7 @@ class VideoSparseAttention(nn.Module):
         super().__init__()
         checks.check_layout(layout)
         if topk is not None and sparsity is not None:
-            checks.check_one_of("topk", topk, "sparsity", sparsity, "pass one of them, or both as None")
+            checks.fail(ValueError, "topk, sparsity", "both", "at most one", "pass topk or sparsity")
         self.dim = dim
         self.topk = topk
         self.sparsity = sparsity
@@ -58,8 +59,8 @@ class VideoSparseAttention(nn.Module):
     def project_gate(self, hidden_states: torch.Tensor, head_dim: int) -> torch.Tensor:
         """[B, S, dim] -> the coarse gate, laid out like query.
 
-        For sequence parallelism: the gate of the local tokens goes through the same all-to-all as query, key and
-        value, then into forward as `gate`.
+        For sequence parallelism: the gate of the local tokens goes through the same all-to-all as query, key
+        and value, then into forward as `gate`.
         """
         gate = self.to_gate_compress(hidden_states).unflatten(-1, (-1, head_dim))
         return gate if self.layout == "bshd" else gate.transpose(1, 2)
@@ -82,14 +83,14 @@ class VideoSparseAttention(nn.Module):
         Args:
             query, key, value: [B, S, heads, head_dim] ("bhsd": [B, heads, S, head_dim]), normed and rotated.
             video_shape: (T, H, W) in tokens.
-            hidden_states: [B, S, dim], what the q, k, v projections read (the normed, modulated states), in the
-                dtype of query unless under autocast. The gate is projected from it.
+            hidden_states: [B, S, dim], what the q, k, v projections read (the normed, modulated states), in
+                the dtype of query unless under autocast. The gate is projected from it.
             gate: the coarse gate itself, like query; see project_gate. Exactly one of hidden_states and gate.
             topk, sparsity: override the module's for this call (a schedule: pass topk).
 
         Returns:
-            Like query; flatten heads and head_dim for the output projection. With return_selection also the index,
-            see video_sparse_attention.
+            Like query; flatten heads and head_dim for the output projection. With return_selection also the
+            index, see video_sparse_attention.
         """
         checks.check_one_of(
             "hidden_states",

@@ -12,26 +12,27 @@ from collections.abc import Callable
 import torch
 
 from vsa_cuda import reference
-from vsa_cuda.checks import STRIDE_MULTIPLE, BASE_ALIGNMENT, check_base, check_gpu
+from vsa_cuda.checks import BASE_ALIGNMENT, STRIDE_MULTIPLE, check_base, check_gpu
 from vsa_cuda.geometry import CUBE_VOLUME, CubeGrid, num_cubes
 
 _SCHEMAS = (
     "pool(Tensor query, Tensor key, Tensor value, SymInt[3] video_shape, SymInt[3] cube)"
     " -> (Tensor, Tensor, Tensor)",
-    "coarse_forward(Tensor query, Tensor key, Tensor value, SymInt[3] video_shape, SymInt[3] cube, SymInt topk,"
-    " float scale, bool with_output)"
+    "coarse_forward(Tensor query, Tensor key, Tensor value, SymInt[3] video_shape, SymInt[3] cube,"
+    " SymInt topk, float scale, bool with_output)"
     " -> (Tensor query_pooled, Tensor key_pooled, Tensor value_pooled, Tensor out_coarse, Tensor lse_coarse,"
     " Tensor kv_num_blocks, Tensor kv_indices)",
     "coarse_backward(Tensor grad_coarse, Tensor query_pooled, Tensor key_pooled, Tensor value_pooled,"
     " Tensor out_coarse, Tensor lse_coarse, float scale) -> (Tensor, Tensor, Tensor)",
     "fine_forward(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices,"
     " Tensor? block_sizes, Tensor? q_block_sizes, Tensor? coarse, Tensor? gate_fine, Tensor? gate_coarse,"
-    " float gate_fine_value, float gate_coarse_value, SymInt[3] q_shape, SymInt[3] kv_shape, SymInt[3] q_cube,"
-    " SymInt[3] kv_cube, float scale) -> (Tensor out, Tensor out_fine, Tensor lse)",
+    " float gate_fine_value, float gate_coarse_value, SymInt[3] q_shape, SymInt[3] kv_shape,"
+    " SymInt[3] q_cube, SymInt[3] kv_cube, float scale) -> (Tensor out, Tensor out_fine, Tensor lse)",
     "combine_backward(Tensor grad_out, Tensor out_fine, Tensor? grad_lse, Tensor? coarse, Tensor? gate_fine,"
     " Tensor? gate_coarse, float gate_fine_value, float gate_coarse_value, Tensor? q_block_sizes,"
     " SymInt[3] q_shape, SymInt[3] q_cube)"
-    " -> (Tensor grad_fine, Tensor delta, Tensor grad_coarse, Tensor grad_gate_fine, Tensor grad_gate_coarse)",
+    " -> (Tensor grad_fine, Tensor delta, Tensor grad_coarse, Tensor grad_gate_fine,"
+    " Tensor grad_gate_coarse)",
     "transpose_index(Tensor kv_num_blocks, Tensor kv_indices, SymInt num_kv_blocks)"
     " -> (Tensor q_offsets, Tensor q_indices)",
     "fine_backward(Tensor grad_fine, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta,"
@@ -47,8 +48,13 @@ for _schema in _SCHEMAS:
 
 
 def has_fine_gate(gate_fine: torch.Tensor | None, gate_fine_value: float) -> bool:
-    """False when the fine output enters `out` unscaled: `out` is then saved for the backward, not `out_fine`."""
+    """False when the fine output enters `out` unscaled: its gradient is then grad_out itself."""
     return gate_fine is not None or gate_fine_value != 1.0
+
+
+def combines(coarse: torch.Tensor | None, gate_fine: torch.Tensor | None, gate_fine_value: float) -> bool:
+    """False when `out` is the fine output itself, which fine_forward then does not return a second time."""
+    return coarse is not None or has_fine_gate(gate_fine, gate_fine_value)
 
 
 # Shapes, for FakeTensor and meta tensors.
@@ -86,7 +92,7 @@ def _fine_forward_fake(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
     gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale,
 ):  # fmt: skip
-    out_fine = query.new_empty(query.shape) if has_fine_gate(gate_fine, gate_fine_value) else _empty(query)
+    out_fine = query.new_empty(query.shape) if combines(coarse, gate_fine, gate_fine_value) else _empty(query)
     lse_shape = (query.shape[0], query.shape[2], num_cubes(q_shape, q_cube), CUBE_VOLUME)
     return query.new_empty(query.shape), out_fine, query.new_empty(lse_shape, dtype=_compute_dtype(query))
 
@@ -104,7 +110,7 @@ def _combine_backward_fake(
         out_fine.new_empty((batch, heads, cubes, CUBE_VOLUME), dtype=dtype),
         out_fine.new_empty(0, dtype=dtype) if grad_coarse is None else grad_coarse,
         _empty(out_fine) if gate_fine is None else gate_fine.new_empty(gate_fine.shape),
-        _empty(out_fine) if gate_coarse is None or coarse is None else gate_coarse.new_empty(gate_coarse.shape),
+        _empty(out_fine) if gate_coarse is None else gate_coarse.new_empty(gate_coarse.shape),
     )
 
 
@@ -139,14 +145,11 @@ def _fine_forward_cpu(
     out_fine, lse = reference.fine_forward(
         query, key, value, kv_num_blocks, kv_indices, q_grid, kv_grid, scale, block_sizes, q_block_sizes
     )
-    gated = has_fine_gate(gate_fine, gate_fine_value)
-    if coarse is None and not gated:
+    if not combines(coarse, gate_fine, gate_fine_value):
         return out_fine, _empty(query), lse
-    fine = gate_fine_value if gate_fine is None else gate_fine
-    out = reference.combine(
-        out_fine, coarse, q_grid, fine, gate_coarse_value if gate_coarse is None else gate_coarse
-    )
-    return out, out_fine if gated else _empty(query), lse
+    fine_gate = gate_fine_value if gate_fine is None else gate_fine
+    coarse_gate = gate_coarse_value if gate_coarse is None else gate_coarse
+    return reference.combine(out_fine, coarse, q_grid, fine_gate, coarse_gate), out_fine, lse
 
 
 def _combine_backward_cpu(
@@ -156,17 +159,12 @@ def _combine_backward_cpu(
     grid = CubeGrid(q_shape, q_cube)
     coarse_gate = gate_coarse_value if gate_coarse is None else gate_coarse
     fine_gate = gate_fine_value if gate_fine is None else gate_fine
-    gated = has_fine_gate(gate_fine, gate_fine_value)
-    if not gated and coarse is not None:
-        # `out_fine` holds `out`; the difference stays in the compute dtype.
-        out = out_fine.to(_compute_dtype(out_fine))
-        out_fine = reference.combine(out, coarse, grid, None, -coarse_gate)
     grad_fine, delta, *others = reference.combine_backward(
         grad_out, out_fine, grad_lse, coarse, grid, fine_gate, coarse_gate, q_block_sizes
     )
     empties = (delta.new_empty(0), _empty(grad_out), _empty(grad_out))
     others = (empty if x is None else x for x, empty in zip(others, empties, strict=True))
-    return grad_fine if gated else _empty(grad_out), delta, *others
+    return grad_fine if has_fine_gate(gate_fine, gate_fine_value) else _empty(grad_out), delta, *others
 
 
 def _fine_backward_cpu(
@@ -210,7 +208,7 @@ def _with_aligned_inputs(run: Callable) -> Callable:
 
 
 def _with_tma_gradient(run: Callable) -> Callable:
-    """A gradient comes from autograd with any strides (`out.sum()` gives zeros): copied where TMA cannot read it."""
+    """Autograd hands over gradients with any strides (0 from out.sum()): a copy where TMA cannot read one."""
 
     def copied(grad, *args):
         strides = (grad.stride(dim) % STRIDE_MULTIPLE == 0 for dim in range(3) if grad.shape[dim] > 1)

@@ -6,8 +6,9 @@ namespace vsa {
 
 // For every row (a query block of one head and batch entry) an ascending list of block numbers.
 struct BlockLists {
-  const int32_t* counts;   // [batch, heads, rows] by count_strides
-  const int32_t* entries;  // [batch, heads, rows, max_blocks] by entry_strides, last dimension packed; null: all blocks
+  const int32_t* counts;  // [batch, heads, rows] by count_strides
+  const int32_t*
+      entries;  // [batch, heads, rows, max_blocks] by entry_strides, last dimension packed; null: all blocks
   int64_t count_strides[3];
   int64_t entry_strides[3];
   int32_t num_blocks;  // that a list may name

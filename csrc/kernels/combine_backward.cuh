@@ -1,9 +1,10 @@
-// Backward of the combination out = fine * gate_fine + coarse[cube] * gate_coarse (VSA, equation 3), and the row term of
-// the fine stage's softmax gradient, in one pass over the tokens.
+// Backward of the combination out = fine * gate_fine + coarse[cube] * gate_coarse (VSA, equation 3), and the
+// row term of the fine stage's softmax gradient, in one pass over the tokens.
 //
-// A CTA takes one cube of one head (heads fastest: they lie side by side in memory), a thread 8 columns of kCombineRows
-// tokens. All loads are issued before the first use: up to 4 tensors * 4 rows * 16 bytes in flight for each thread.
-// Bound by memory. Slots that hold no token are neither read nor add to a sum; tokens among them get zeros.
+// A CTA takes one cube of one head (heads fastest: they lie side by side in memory), a thread 8 columns of
+// kCombineRows tokens. All loads are issued before the first use: up to 4 tensors * 4 rows * 16 bytes in
+// flight for each thread. Bound by memory. Slots that hold no token are neither read nor add to a sum; tokens
+// among them get zeros.
 #pragma once
 
 #include "kernels/combine_backward_params.h"
@@ -112,39 +113,41 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
 
   int tokens[kCombineRows];  // a grid has fewer than 2^31
   bool real[kCombineRows];
-  uint4 grad_out[kCombineRows], out[kCombineRows], gate_fine[kCombineRows], gate_coarse[kCombineRows];
+  uint4 grad_out[kCombineRows], out_fine[kCombineRows], gate_fine[kCombineRows], gate_coarse[kCombineRows];
 #pragma unroll
   for (int i = 0; i < kCombineRows; i++) {
     int slot = first_slot + i * kRowStep;
     tokens[i] = int(params.grid.token(origin, slot));
     real[i] = tokens[i] >= 0 && slot < prefix;
-    grad_out[i] = out[i] = gate_fine[i] = gate_coarse[i] = uint4{0, 0, 0, 0};
+    grad_out[i] = out_fine[i] = gate_fine[i] = gate_coarse[i] = uint4{0, 0, 0, 0};
     if (!real[i]) continue;
     grad_out[i] = columns.load<T>(params.grad_out, tokens[i]);
-    out[i] = columns.load<T>(params.out, tokens[i]);
-    if (params.gate_fine.values) gate_fine[i] = columns.load<T>(params.gate_fine, params.vector_gate_fine, tokens[i]);
+    out_fine[i] = columns.load<T>(params.out_fine, tokens[i]);
+    if (params.gate_fine.values)
+      gate_fine[i] = columns.load<T>(params.gate_fine, params.vector_gate_fine, tokens[i]);
     if (params.coarse && params.gate_coarse.values) {
       gate_coarse[i] = columns.load<T>(params.gate_coarse, params.vector_gate_coarse, tokens[i]);
     }
   }
   Eight coarse{};
   if (params.coarse) {
-    coarse = unpack_eight<T>(load_eight(static_cast<const T*>(params.coarse) + row * kHeadDim + columns.column, 1, true));
+    coarse = unpack_eight<T>(
+        load_eight(static_cast<const T*>(params.coarse) + row * kHeadDim + columns.column, 1, true));
   }
   float factor_fine = params.gate_fine.scalar ? __ldg(params.gate_fine.scalar) : params.gate_fine.factor;
-  float factor_coarse = params.gate_coarse.scalar ? __ldg(params.gate_coarse.scalar) : params.gate_coarse.factor;
+  float factor_coarse =
+      params.gate_coarse.scalar ? __ldg(params.gate_coarse.scalar) : params.gate_coarse.factor;
 
   Eight grad_coarse{};
   float scalar_fine = 0.0f, scalar_coarse = 0.0f;
 #pragma unroll
   for (int i = 0; i < kCombineRows; i++) {
-    Eight grad = unpack_eight<T>(grad_out[i]), fine = unpack_eight<T>(out[i]);
+    Eight grad = unpack_eight<T>(grad_out[i]), fine = unpack_eight<T>(out_fine[i]);
     Eight by_coarse = gate_eight(params.gate_coarse, unpack_eight<T>(gate_coarse[i]), factor_coarse);
     Eight by_fine = gate_eight(params.gate_fine, unpack_eight<T>(gate_fine[i]), factor_fine);
     Eight grad_fine, grad_gate_fine, grad_gate_coarse;
 #pragma unroll
     for (int c = 0; c < 8; c++) {
-      if (params.combined) fine.data[c] -= coarse.data[c] * by_coarse.data[c];
       grad_fine.data[c] = grad.data[c] * by_fine.data[c];
       grad_gate_fine.data[c] = grad.data[c] * fine.data[c];
       grad_gate_coarse.data[c] = grad.data[c] * coarse.data[c];
@@ -154,7 +157,8 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
     }
     if (tokens[i] >= 0) {
       if (params.grad_fine) columns.store<T>(params.grad_fine, params, kHeadDim, tokens[i], grad_fine);
-      if (params.grad_gate_fine) columns.store<T>(params.grad_gate_fine, params, kHeadDim, tokens[i], grad_gate_fine);
+      if (params.grad_gate_fine)
+        columns.store<T>(params.grad_gate_fine, params, kHeadDim, tokens[i], grad_gate_fine);
       if (params.grad_gate_coarse) {
         columns.store<T>(params.grad_gate_coarse, params, kHeadDim, tokens[i], grad_gate_coarse);
       }

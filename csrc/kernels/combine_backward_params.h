@@ -11,28 +11,29 @@ struct TokenRows {
   int64_t strides[3];  // elements: batch, token, head
 };
 
-// What is absent is null. Gradients of tensor gates: [batch, tokens, heads, head_dim] packed, the input's type.
+// What is absent is null. Gradients of tensor gates: [batch, tokens, heads, head_dim] packed, the input's
+// type.
 struct CombineBackwardParams {
   CubeGrid grid;
-  TokenRows grad_out;
-  TokenRows out;               // the fine output, or with `combined` fine output + coarse * gate_coarse
+  TokenRows grad_out, out_fine;
   const int32_t* block_sizes;  // [num_cubes]
   const float* grad_lse;       // [batch, heads, num_cubes, 64] by grad_lse_strides
   int64_t grad_lse_strides[4];
   const void* coarse;  // [batch, heads, num_cubes, head_dim], the input's type
   Gate gate_fine, gate_coarse;
-  void* grad_fine;  // [batch, tokens, heads, head_dim] packed
-  float* delta;     // [batch, heads, num_cubes, 64]
+  void* grad_fine;     // [batch, tokens, heads, head_dim] packed
+  float* delta;        // [batch, heads, num_cubes, 64]
   float* grad_coarse;  // [batch, heads, num_cubes, head_dim]
   void *grad_gate_fine, *grad_gate_coarse;
   float *scalar_fine, *scalar_coarse;  // [batch, heads, num_cubes], sums over a cube for gates of one number
   int32_t heads;
-  bool combined;
   bool vector_gate_fine, vector_gate_coarse;  // the gate's rows can be read 16 bytes at a time
 };
 
 constexpr int kCombineRows = 4;  // of a cube, for each thread
 constexpr int combine_threads(int head_dim) { return kCubeTokens * head_dim / 8 / kCombineRows; }
-constexpr int combine_ctas(int head_dim) { return 512 / combine_threads(head_dim); }  // an SM, of 128 registers a thread
+constexpr int combine_ctas(int head_dim) {
+  return 512 / combine_threads(head_dim);
+}  // an SM, of 128 registers a thread
 
 }  // namespace vsa

@@ -26,9 +26,9 @@ struct Extent3 {
   int32_t t, h, w;
 };
 
-// Tokens in raster order (time outermost) on `video`, cut into cubes of 2^log2_cube tokens a side; cubes in raster order.
-// Cubes at the far edges may be partial. Slot s of a cube, as a box of the copy engine lands it, is the token at
-// (s / (h * w), s / w % h, s % w) of the cube.
+// Tokens in raster order (time outermost) on `video`, cut into cubes of 2^log2_cube tokens a side; cubes in
+// raster order. Cubes at the far edges may be partial. Slot s of a cube, as a box of the copy engine lands
+// it, is the token at (s / (h * w), s / w % h, s % w) of the cube.
 struct CubeGrid {
   Extent3 video;
   Extent3 log2_cube;
@@ -37,8 +37,8 @@ struct CubeGrid {
   VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
   VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
 
-  // Cube number `position` when time runs fastest. Neighbours in this order are neighbours in time, whose lists overlap
-  // most on real video (bench/NOTES.md), so that a CTA that takes a few of them loads least.
+  // Cube number `position` when time runs fastest. Neighbours in this order are neighbours in time, whose
+  // lists overlap most on real video (bench/NOTES.md), so that a CTA that takes a few of them loads least.
   VSA_HOST_DEVICE int cube_along_time(int position) const {
     int column = position / cubes.t;
     return (position - column * cubes.t) * cubes.h * cubes.w + column;
@@ -47,7 +47,8 @@ struct CubeGrid {
   // First token of a cube.
   VSA_HOST_DEVICE Extent3 origin(int cube) const {
     int rows = cube / cubes.w;
-    return {rows / cubes.h << log2_cube.t, rows % cubes.h << log2_cube.h, (cube - rows * cubes.w) << log2_cube.w};
+    return {rows / cubes.h << log2_cube.t, rows % cubes.h << log2_cube.h,
+            (cube - rows * cubes.w) << log2_cube.w};
   }
 
   // Real tokens along each side of the cube at `origin`.
@@ -69,6 +70,13 @@ struct CubeGrid {
     return (int64_t(at.t) * video.h + at.h) * video.w + at.w;
   }
 
+  // The cube that holds a raster token.
+  VSA_HOST_DEVICE int cube_of(int64_t token) const {
+    int64_t row = token / video.w;
+    int w = int(token - row * video.w), t = int(row / video.h), h = int(row - int64_t(t) * video.h);
+    return ((t >> log2_cube.t) * cubes.h + (h >> log2_cube.h)) * cubes.w + (w >> log2_cube.w);
+  }
+
   // Bit s is set where slot s is a real token.
   VSA_HOST_DEVICE uint64_t valid_slots(Extent3 origin) const {
     Extent3 side = sides(origin);
@@ -78,7 +86,9 @@ struct CubeGrid {
     return mask;
   }
 
-  VSA_HOST_DEVICE static uint64_t ones(int count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
+  VSA_HOST_DEVICE static uint64_t ones(int count) {
+    return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+  }
   VSA_HOST_DEVICE static int smaller(int a, int b) { return a < b ? a : b; }
 };
 

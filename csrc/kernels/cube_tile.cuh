@@ -13,7 +13,8 @@ struct CubeAddress {
   Extent3 origin;
 };
 
-VSA_DEVICE void box_coordinates(int32_t (&result)[5], const CubeCoordinates& at, const CubeAddress& cube, int panel) {
+VSA_DEVICE void box_coordinates(int32_t (&result)[5], const CubeCoordinates& at, const CubeAddress& cube,
+                                int panel) {
   result[0] = cube.head * at.head_in_columns + 64 * panel;
   result[1] = cube.origin.w;
   result[2] = cube.origin.h;
@@ -23,8 +24,8 @@ VSA_DEVICE void box_coordinates(int32_t (&result)[5], const CubeCoordinates& at,
 
 // One thread. Tokens outside the video arrive as zeros; `full` gets Tile::kBytes in every case.
 template <class Tile>
-VSA_DEVICE void load_cube(Tile& tile, const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube,
-                          Barrier& full) {
+VSA_DEVICE void load_cube(Tile& tile, const CUtensorMap& map, const CubeCoordinates& at,
+                          const CubeAddress& cube, Barrier& full) {
   static_assert(Tile::kRows == kCubeTokens);
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; panel++) {
@@ -36,7 +37,8 @@ VSA_DEVICE void load_cube(Tile& tile, const CUtensorMap& map, const CubeCoordina
 
 // One thread, after a fence and a barrier among the tile's writers. Tokens outside the video are not written.
 template <class Tile>
-VSA_DEVICE void store_cube(const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube, Tile& tile) {
+VSA_DEVICE void store_cube(const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube,
+                           Tile& tile) {
   static_assert(Tile::kRows == kCubeTokens);
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; panel++) {

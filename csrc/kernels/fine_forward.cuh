@@ -1,13 +1,15 @@
-// Fine stage, forward (VSA, section 2.2): every query cube attends, token by token, to the key cubes of its list.
+// Fine stage, forward (VSA, section 2.2): every query cube attends, token by token, to the key cubes of its
+// list.
 //
-// A CTA takes neighbouring query cubes, one consumer warpgroup each. The producer warpgroup walks their merged lists and
-// loads each key and value cube once into a ring; a consumer works on the stages it is a member of. Per member tile:
+// A CTA takes neighbouring query cubes, one consumer warpgroup each. The producer warpgroup walks their
+// merged lists and loads each key and value cube once into a ring; a consumer works on the stages it is a
+// member of. Per member tile:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
 //   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release stage(i)
 //
-// A consumer holds the stage of its pending product for at most kLookahead stages of others, then finishes it alone: the
-// ring always has room for the stage that everyone waits for, whatever the lists.
+// A consumer holds the stage of its pending product for at most kLookahead stages of others, then finishes it
+// alone: the ring always has room for the stage that everyone waits for, whatever the lists.
 #pragma once
 
 #include "kernels/fine_forward_params.h"
@@ -42,7 +44,8 @@ struct FineForward {
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
 
-// What a CTA works on: the query cubes at `cubes` positions from `first` on, of one head, in the order along time.
+// What a CTA works on: the query cubes at `cubes` positions from `first` on, of one head, in the order along
+// time.
 struct FineForwardTask {
   int batch, head, first, cubes;
 };
@@ -52,7 +55,8 @@ VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params) {
   int groups = ceil_div(params.q_grid.num_cubes(), Kernel::kConsumers);
   int group = blockIdx.x % groups, head = blockIdx.x / groups;
   int first = group * Kernel::kConsumers;
-  return {head / params.heads, head % params.heads, first, min(Kernel::kConsumers, params.q_grid.num_cubes() - first)};
+  return {head / params.heads, head % params.heads, first,
+          min(Kernel::kConsumers, params.q_grid.num_cubes() - first)};
 }
 
 template <class Kernel>
@@ -67,12 +71,12 @@ VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const Fine
                 exists ? params.lists.count(task.batch, task.head, cube) : 0);
     if (exists && elect_one()) {
       shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
-      load_cube(shared.query[i], maps.query, params.query, {task.batch, task.head, params.q_grid.origin(cube)},
-                shared.query_full[i]);
+      load_cube(shared.query[i], maps.query, params.query,
+                {task.batch, task.head, params.q_grid.origin(cube)}, shared.query_full[i]);
     }
     __syncwarp();
   }
-  RingSource source{maps.key,       maps.value,         params.key,  params.value,
+  RingSource source{maps.key,       maps.value,         params.key, params.value,
                     params.kv_grid, params.block_sizes, task.batch, task.head};
   produce(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
 }
@@ -86,11 +90,11 @@ struct FineForwardState {
   OnlineSoftmax softmax;
 };
 
-// scores = query key^T of `stage`, while the pending product out += probabilities value of stage `pending` runs; leaves
-// the probabilities of `stage` pending.
+// scores = query key^T of `stage`, while the pending product out += probabilities value of stage `pending`
+// runs; leaves the probabilities of `stage` pending.
 template <class Kernel, bool kPending>
-VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int stage, int pending,
-                                  uint64_t valid) {
+VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int stage,
+                                  int pending, uint64_t valid) {
   FloatTile<kCubeTokens> scores;
   mma_fence();
   mma_ABt(scores, state.query, ring.first[stage], false);
@@ -114,7 +118,8 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
 }
 
 template <class Kernel>
-VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int pending) {
+VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
+                                    int pending) {
   mma_fence();
   mma_AB(state.out, state.probabilities, ring.second[pending], true);
   mma_commit();
@@ -123,7 +128,8 @@ VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Ke
 }
 
 template <class Kernel>
-VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int consumer) {
+VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
+                                    int consumer) {
   constexpr int kNone = -1;
   int pending = kNone, passed = 0;
   RingPosition<Kernel::kStages> at;
@@ -153,8 +159,9 @@ VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Ke
 
 // One consumer's tile through shared memory to global; returns when `staging` may be written again.
 template <class Kernel>
-VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, typename Kernel::Tile& staging, int consumer,
-                                   const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube) {
+VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, typename Kernel::Tile& staging,
+                                   int consumer, const CUtensorMap& map, const CubeCoordinates& at,
+                                   const CubeAddress& cube) {
   HalfTile<typename Kernel::T, Kernel::kHeadDim> rounded;
   convert(rounded, tile);
   store(staging, rounded);
@@ -169,9 +176,9 @@ VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, type
 }
 
 template <class Kernel>
-VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename Kernel::Tile& staging, int consumer,
-                                      const FineForwardMaps& maps, const FineForwardParams& params,
-                                      const CubeAddress& address, int cube) {
+VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename Kernel::Tile& staging,
+                                      int consumer, const FineForwardMaps& maps,
+                                      const FineForwardParams& params, const CubeAddress& address, int cube) {
   int prefix = params.q_block_sizes ? __ldg(params.q_block_sizes + cube) : kCubeTokens;
   uint64_t valid = params.q_grid.valid_slots(address.origin) & CubeGrid::ones(prefix);
   int64_t row = (int64_t(address.batch) * params.heads + address.head) * params.q_grid.num_cubes() + cube;
@@ -195,8 +202,10 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename 
     }
     multiply_gate<typename Kernel::T>(state.out, params.gate_fine, params.q_grid, address, valid);
     if (params.coarse) {
-      const auto* coarse = static_cast<const typename Kernel::T*>(params.coarse) + row * Kernel::kHeadDim;
-      add_gated_row(state.out, coarse, params.gate_coarse, params.q_grid, address, valid);
+      int64_t first = (int64_t(address.batch) * params.heads + address.head) * params.coarse_grid.num_cubes();
+      const auto* coarse = static_cast<const typename Kernel::T*>(params.coarse) + first * Kernel::kHeadDim;
+      add_gated_coarse(state.out, coarse, params.coarse_grid, params.gate_coarse, params.q_grid, address,
+                       valid);
     }
   }
   fine_forward_store<Kernel>(state.out, staging, consumer, maps.out, params.out, address);
@@ -204,14 +213,14 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename 
 
 template <class Kernel>
 VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardMaps& maps,
-                                     const FineForwardParams& params, const FineForwardTask& task, int consumer) {
+                                     const FineForwardParams& params, const FineForwardTask& task,
+                                     int consumer) {
   bool exists = consumer < task.cubes;
   FineForwardState<Kernel> state{.softmax = OnlineSoftmax(params.scale_log2)};
   zero(state.out);
   if (exists) {
     shared.query_full[consumer].wait(0);
     load(state.query, shared.query[consumer]);
-    if (params.negative_scale) negate(state.query);
   }
   fine_forward_attend(state, shared.ring, consumer);
   if (exists) {

@@ -9,17 +9,17 @@ namespace vsa {
 
 struct FineForwardParams {
   CubeGrid q_grid, kv_grid;
+  CubeGrid coarse_grid;                              // the cubes of `coarse`; of the same tokens as q_grid
   CubeCoordinates query, key, value, out, out_fine;  // of the maps of the same names
   BlockLists lists;                                  // key blocks of each query block
-  const int32_t* block_sizes;                        // [num_kv_blocks] valid prefix, or null: all of each cube
-  const int32_t* q_block_sizes;                      // [num_q_blocks], likewise
-  float* lse;                                        // [batch, heads, num_q_blocks, 64], natural log
-  const void* coarse;                                // [batch, heads, num_q_blocks, head_dim], the query's type, or null
+  const int32_t* block_sizes;    // [num_kv_blocks] valid prefix, or null: all of each cube
+  const int32_t* q_block_sizes;  // [num_q_blocks], likewise
+  float* lse;                    // [batch, heads, num_q_blocks, 64], natural log
+  const void* coarse;            // [batch, heads, coarse cubes, head_dim], the query's type, or null
   Gate gate_fine, gate_coarse;
   bool combine;         // out = out_fine * gate_fine + coarse * gate_coarse; else out = out_fine
   bool store_out_fine;  // only with `combine`
-  bool negative_scale;  // scores are negated, scale_log2 is the scale's magnitude
-  float scale_log2;     // times log2(e); at least the smallest normal number
+  float scale_log2;     // the scale, above 0, times log2(e)
   int32_t heads;
 };
 

@@ -4,8 +4,9 @@
 
 namespace vsa {
 
-// A factor on an attention output: `values` [batch, tokens, heads, head_dim] by strides, of the query's type, times `factor`;
-// or one fp32 number `scalar` in device memory, times `factor`; or `factor` alone where both are null.
+// A factor on an attention output: `values` [batch, tokens, heads, head_dim] by strides, of the query's type,
+// times `factor`; or one fp32 number `scalar` in device memory, times `factor`; or `factor` alone where both
+// are null.
 struct Gate {
   const void* values;
   const float* scalar;

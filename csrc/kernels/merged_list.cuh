@@ -1,5 +1,5 @@
-// Several ascending block lists walked as one: each block comes once, with a bit for every list that holds it. This is how
-// the consumers of a CTA share the tiles that more than one of them chose.
+// Several ascending block lists walked as one: each block comes once, with a bit for every list that holds
+// it. This is how the consumers of a CTA share the tiles that more than one of them chose.
 #pragma once
 
 #include "kernels/block_list.h"
@@ -19,8 +19,8 @@ class MergedList {
     position_[list] = 0;
   }
 
-  // The lowest block not yet given and its members; members is 0 at the end. One entry a list is read ahead, so that a
-  // step does not wait for memory.
+  // The lowest block not yet given and its members; members is 0 at the end. One entry a list is read ahead,
+  // so that a step does not wait for memory.
   VSA_DEVICE uint32_t next(int& block) {
     block = kEnd;
 #pragma unroll

@@ -7,16 +7,17 @@
 
 namespace vsa {
 
-// The reference value of a row follows its maximum lazily: only when a score exceeds it by more than this many binary
-// orders, so that most tiles need no rescaling. Probabilities then reach at most 2^8, which fp16 holds.
+// The reference value of a row follows its maximum lazily: only when a score exceeds it by more than this
+// many binary orders, so that most tiles need no rescaling. Probabilities then reach at most 2^8, which fp16
+// holds.
 constexpr float kRescaleThreshold = 8.0f;
 
 class OnlineSoftmax {
  public:
   VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
 
-  // scores becomes exp2(scale * scores - reference). True, for the whole warp alike, if earlier results must be multiplied
-  // by `factor`.
+  // scores becomes exp2(scale * scores - reference). True, for the whole warp alike, if earlier results must
+  // be multiplied by `factor`.
   template <int kCols>
   VSA_DEVICE bool update(FloatTile<kCols>& scores, RowVector& factor) {
     RowVector maximum;
@@ -28,7 +29,8 @@ class OnlineSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float reference = maximum.data[half] * scale_;
-        factor.data[half] = reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
+        factor.data[half] =
+            reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
         sum_.data[half] *= factor.data[half];
         reference_.data[half] = reference;
       }
@@ -41,8 +43,8 @@ class OnlineSoftmax {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, reference == -INFINITY ? 0.0f : -reference));
     }
     add_row_sum(sum_, scores);
-    // Never so. ptxas would move the caller's wait for a running product above the exponentials, which are meant to run
-    // beside it; a branch on their sum keeps them on this side.
+    // Never so. ptxas would move the caller's wait for a running product above the exponentials, which are
+    // meant to run beside it; a branch on their sum keeps them on this side.
     if (sum_.data[0] < 0.0f || sum_.data[1] < 0.0f) __trap();
     return rescale;
   }
@@ -53,7 +55,9 @@ class OnlineSoftmax {
   }
 
   // What results are multiplied by at the end; 0 for a row without keys.
-  VSA_DEVICE float normaliser(int half) const { return sum_.data[half] > 0.0f ? 1.0f / sum_.data[half] : sum_.data[half]; }
+  VSA_DEVICE float normaliser(int half) const {
+    return sum_.data[half] > 0.0f ? 1.0f / sum_.data[half] : sum_.data[half];
+  }
 
   // Natural log of the sum of exp(scale * scores); -inf for a row without keys.
   VSA_DEVICE float lse(int half) const {

@@ -1,8 +1,9 @@
-// Mean over each cube's real tokens of query, key and value, in one launch, straight from raster tokens (VSA, section 2.2).
+// Mean over each cube's real tokens of query, key and value, in one launch, straight from raster tokens (VSA,
+// section 2.2).
 //
-// A CTA takes tiles_per_cta cubes one after another (heads fastest: they lie side by side in memory), from a ring of
-// kStages tiles that the copy engine fills ahead; thread 0 is the producer and all threads add. Bound by memory: every
-// token is read once; kStages * CTAs per SM tiles in flight hide its latency.
+// A CTA takes tiles_per_cta cubes one after another (heads fastest: they lie side by side in memory), from a
+// ring of kStages tiles that the copy engine fills ahead; thread 0 is the producer and all threads add. Bound
+// by memory: every token is read once; kStages * CTAs per SM tiles in flight hide its latency.
 //
 //   thread 0     load 0 .. kStages-1 |        load kStages      |  ...
 //   all threads                      | wait full 0, add, barrier | wait full 1, add, barrier | ...
@@ -42,8 +43,9 @@ VSA_DEVICE PoolTile pool_tile(const PoolParams& params, int index) {
   return tile;
 }
 
-// Sums of 8 columns over the tile's 64 rows; thread (column, row % 8) adds 8 rows, then the 8 lanes of a column combine.
-// Lanes 0 to 7 of a quarter warp read 8 different rows, which the swizzle spreads over all banks.
+// Sums of 8 columns over the tile's 64 rows; thread (column, row % 8) adds 8 rows, then the 8 lanes of a
+// column combine. Lanes 0 to 7 of a quarter warp read 8 different rows, which the swizzle spreads over all
+// banks.
 template <class Tile>
 VSA_DEVICE void column_sums(float (&sums)[8], Tile& tile, int column, int first_row) {
   using T = std::remove_reference_t<decltype(tile.data[0])>;
@@ -88,7 +90,8 @@ VSA_DEVICE void pool(const PoolMaps& maps, const PoolParams& params) {
     PoolTile tile = pool_tile(params, first + i);
     Barrier& full = shared.full[i % kStages];
     full.arrive_expect(sizeof(shared.tiles[0]));
-    load_cube(shared.tiles[i % kStages], maps.input[tile.tensor], params.input[tile.tensor], tile.address, full);
+    load_cube(shared.tiles[i % kStages], maps.input[tile.tensor], params.input[tile.tensor], tile.address,
+              full);
   };
   if (threadIdx.x == 0) {
     for (int i = 0; i < min(kStages, count); i++) load_tile(i);
@@ -107,7 +110,9 @@ VSA_DEVICE void pool(const PoolMaps& maps, const PoolParams& params) {
       PoolTile tile = pool_tile(params, first + i);
       Extent3 side = params.grid.sides(tile.address.origin);
       float tokens = side.t * side.h * side.w;
-      int64_t row = (int64_t(tile.address.batch) * params.heads + tile.address.head) * params.grid.num_cubes() + tile.cube;
+      int64_t row =
+          (int64_t(tile.address.batch) * params.heads + tile.address.head) * params.grid.num_cubes() +
+          tile.cube;
       uint4 mean = {pack<T>(sums[0] / tokens, sums[1] / tokens), pack<T>(sums[2] / tokens, sums[3] / tokens),
                     pack<T>(sums[4] / tokens, sums[5] / tokens), pack<T>(sums[6] / tokens, sums[7] / tokens)};
       reinterpret_cast<uint4*>(static_cast<T*>(params.output[tile.tensor]) + row * kHeadDim)[column] = mean;

@@ -18,7 +18,8 @@ constexpr int kPoolTilesPerCta = 8;
 constexpr int pool_threads(int head_dim) { return head_dim; }  // 8 threads for each 16-byte column of a row
 constexpr int pool_stages(int head_dim) { return 512 / head_dim; }
 constexpr int pool_shared_bytes(int head_dim) {
-  return round_up(pool_stages(head_dim) * (kCubeTokens * head_dim * kHalfBytes + kBarrierBytes), kTileAlignment);
+  return round_up(pool_stages(head_dim) * (kCubeTokens * head_dim * kHalfBytes + kBarrierBytes),
+                  kTileAlignment);
 }
 
 }  // namespace vsa

@@ -1,8 +1,9 @@
-// A ring of tile pairs that one producer warp fills in the order of a merged list and several consumer warpgroups read:
-// keys and values for a query-stationary kernel, queries and output gradients for a key-stationary one.
+// A ring of tile pairs that one producer warp fills in the order of a merged list and several consumer
+// warpgroups read: keys and values for a query-stationary kernel, queries and output gradients for a
+// key-stationary one.
 //
-// Barriers of a stage. full: one arrival by the producer plus the bytes of both tiles. empty: one arrival by each warp of
-// each consumer, member or not, in ring order; skipping a round would alias the phase bit.
+// Barriers of a stage. full: one arrival by the producer plus the bytes of both tiles. empty: one arrival by
+// each warp of each consumer, member or not, in ring order; skipping a round would alias the phase bit.
 #pragma once
 
 #include "kernels/cube_tile.cuh"
@@ -18,13 +19,14 @@ struct StageInfo {
 };
 static_assert(sizeof(StageInfo) == kStageInfoBytes);
 
-template <class Tile, int kStages_, int kConsumers_>
+// Info: StageInfo, or a struct that adds more loads of a stage to it.
+template <class Tile, int kStages_, int kConsumers_, class Info = StageInfo>
 struct SharedRing {
   static constexpr int kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;
 
   Tile first[kStages], second[kStages];
-  StageInfo info[kStages];
+  Info info[kStages];
   Barrier full[kStages], empty[kStages];
   Barrier landed;  // of a stage whose pads the producer clears before it publishes
 
@@ -37,7 +39,8 @@ struct SharedRing {
     landed.init(1);
   }
 
-  // One warp of a consumer has finished with a stage. What its wgmma read is read: the caller waited for that.
+  // One warp of a consumer has finished with a stage. What its wgmma read is read: the caller waited for
+  // that.
   VSA_DEVICE void release(int stage) {
     __syncwarp();
     if (elect_one()) empty[stage].arrive();
@@ -55,10 +58,11 @@ struct RingSource {
   int batch, head;
 };
 
-// The whole producer warp. `extra(stage, block, full)` runs in one thread after the tiles' loads are issued and may add
-// loads; it returns nothing, their bytes are `extra_bytes`.
+// The whole producer warp. `extra(stage, block, full)` runs in one thread after the tiles' loads are issued
+// and may add loads; it returns nothing, their bytes are `extra_bytes`.
 template <class Ring, int kLists, class Extra>
-VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource& source, int extra_bytes, Extra extra) {
+VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource& source, int extra_bytes,
+                        Extra extra) {
   RingPosition<Ring::kStages> at;
   uint32_t landed_phase = 0;
   int block;
@@ -71,7 +75,7 @@ VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource&
 
     ring.empty[at.stage].wait(at.phase ^ 1);
     if (elect_one()) {
-      ring.info[at.stage] = info;
+      static_cast<StageInfo&>(ring.info[at.stage]) = info;
       arrives.arrive_expect(2 * sizeof(ring.first[0]) + extra_bytes);
       load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
       load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
@@ -93,7 +97,7 @@ VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource&
   }
   ring.empty[at.stage].wait(at.phase ^ 1);
   if (elect_one()) {
-    ring.info[at.stage] = StageInfo{0, 0};
+    static_cast<StageInfo&>(ring.info[at.stage]) = StageInfo{0, 0};
     ring.full[at.stage].arrive();
   }
   __syncwarp();

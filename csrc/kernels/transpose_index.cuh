@@ -1,8 +1,10 @@
-// Lists of key blocks per query block -> lists of query blocks per key block, as compressed rows, query blocks ascending.
+// Lists of key blocks per query block -> lists of query blocks per key block, as compressed rows, query
+// blocks ascending.
 //
-// A counting sort without a temporary in global memory. A cluster takes one head, each of its CTAs an equal run of query
-// blocks, which it walks 32 at a time: warp i sets bit i in the masks of the key blocks that query block i lists. The bits
-// of a mask are its query blocks in ascending order, whoever set them first: the result is the same every time.
+// A counting sort without a temporary in global memory. A cluster takes one head, each of its CTAs an equal
+// run of query blocks, which it walks 32 at a time: warp i sets bit i in the masks of the key blocks that
+// query block i lists. The bits of a mask are its query blocks in ascending order, whoever set them first:
+// the result is the same every time.
 //
 //   count    masks -> counts[key block] of this CTA
 //   scan     counts of all CTAs -> offsets of the rows, and where in each row this CTA's run starts
@@ -24,10 +26,11 @@ struct TransposeShared {
   int* total;        // pairs of the key blocks done
 };
 
-// Calls visit(key, mask, first_query) for each group of 32 query blocks and each key block of the pass, in this order.
+// Calls visit(key, mask, first_query) for each group of 32 query blocks and each key block of the pass, in
+// this order.
 template <class Visit>
-VSA_DEVICE void transpose_walk(const TransposeIndexParams& params, const TransposeShared& shared, int batch, int head,
-                               int first_key, int keys, Visit visit) {
+VSA_DEVICE void transpose_walk(const TransposeIndexParams& params, const TransposeShared& shared, int batch,
+                               int head, int first_key, int keys, Visit visit) {
   int queries_per_cta = round_up(ceil_div(params.num_q_blocks, kTransposeCtas), kWarpThreads);
   int first = cluster_cta() * queries_per_cta;
   int end = min(first + queries_per_cta, params.num_q_blocks);
@@ -120,16 +123,18 @@ VSA_DEVICE void transpose_lists(const TransposeIndexParams& params) {
     cluster_sync();
     done = transpose_scan(shared, offsets + first, keys, done);
     cluster_sync();  // all have read these counts
-    transpose_walk(params, shared, batch, head, first, keys, [&shared, indices](int key, uint32_t mask, int first_query) {
-      int at = shared.cursors[key];
-      for (; mask; mask &= mask - 1) indices[at++] = first_query + __ffs(mask) - 1;
-      shared.cursors[key] = at;
-    });
+    transpose_walk(params, shared, batch, head, first, keys,
+                   [&shared, indices](int key, uint32_t mask, int first_query) {
+                     int at = shared.cursors[key];
+                     for (; mask; mask &= mask - 1) indices[at++] = first_query + __ffs(mask) - 1;
+                     shared.cursors[key] = at;
+                   });
   }
   if (cluster_cta() == 0 && threadIdx.x == 0) offsets[params.num_kv_blocks] = done;
   int64_t end = int64_t(params.num_q_blocks) * params.max_blocks;
   int64_t stride = kTransposeCtas * kTransposeThreads;
-  for (int64_t i = done + cluster_cta() * kTransposeThreads + threadIdx.x; i < end; i += stride) indices[i] = 0;
+  for (int64_t i = done + cluster_cta() * kTransposeThreads + threadIdx.x; i < end; i += stride)
+    indices[i] = 0;
 }
 
 }  // namespace vsa

@@ -1,6 +1,4 @@
 // The only calls of the CUDA runtime and driver: tensor maps and launches.
-#include "launch/launch.h"
-
 #include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
@@ -8,14 +6,32 @@
 #include <map>
 #include <mutex>
 
+#include "kernels/combine_backward.cuh"
+#include "kernels/fine_backward_kv.cuh"
+#include "kernels/fine_backward_q.cuh"
 #include "kernels/fine_forward.cuh"
 #include "kernels/pool.cuh"
+#include "kernels/select.cuh"
+#include "kernels/transpose_index.cuh"
 #include "launch/check.h"
+#include "launch/launch.h"
 
 namespace vsa {
 
 // Defined in the instantiation files beside this one.
 extern "C" {
+__global__ void combine_backward_d64_bf16(CombineBackwardParams);
+__global__ void combine_backward_d64_fp16(CombineBackwardParams);
+__global__ void combine_backward_d128_bf16(CombineBackwardParams);
+__global__ void combine_backward_d128_fp16(CombineBackwardParams);
+__global__ void fine_backward_kv_d64_bf16(FineBackwardKvMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d64_fp16(FineBackwardKvMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d128_bf16(FineBackwardKvMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d128_fp16(FineBackwardKvMaps, FineBackwardParams);
+__global__ void fine_backward_q_d64_bf16(FineBackwardQMaps, FineBackwardParams);
+__global__ void fine_backward_q_d64_fp16(FineBackwardQMaps, FineBackwardParams);
+__global__ void fine_backward_q_d128_bf16(FineBackwardQMaps, FineBackwardParams);
+__global__ void fine_backward_q_d128_fp16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_forward_d64_bf16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d64_fp16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d128_bf16(FineForwardMaps, FineForwardParams);
@@ -24,6 +40,15 @@ __global__ void pool_d64_bf16(PoolMaps, PoolParams);
 __global__ void pool_d64_fp16(PoolMaps, PoolParams);
 __global__ void pool_d128_bf16(PoolMaps, PoolParams);
 __global__ void pool_d128_fp16(PoolMaps, PoolParams);
+__global__ void select_d64_bf16(SelectMaps, SelectParams);
+__global__ void select_d64_fp16(SelectMaps, SelectParams);
+__global__ void select_d128_bf16(SelectMaps, SelectParams);
+__global__ void select_d128_fp16(SelectMaps, SelectParams);
+__global__ void select_wide_d64_bf16(SelectMaps, SelectParams);
+__global__ void select_wide_d64_fp16(SelectMaps, SelectParams);
+__global__ void select_wide_d128_bf16(SelectMaps, SelectParams);
+__global__ void select_wide_d128_fp16(SelectMaps, SelectParams);
+__global__ void transpose_index(TransposeIndexParams);
 }
 
 namespace {
@@ -32,6 +57,18 @@ using Kernels = std::map<std::string, const void*>;
 
 const Kernels& kernels() {
   static const Kernels all = {
+      {"combine_backward_d64_bf16", reinterpret_cast<const void*>(combine_backward_d64_bf16)},
+      {"combine_backward_d64_fp16", reinterpret_cast<const void*>(combine_backward_d64_fp16)},
+      {"combine_backward_d128_bf16", reinterpret_cast<const void*>(combine_backward_d128_bf16)},
+      {"combine_backward_d128_fp16", reinterpret_cast<const void*>(combine_backward_d128_fp16)},
+      {"fine_backward_kv_d64_bf16", reinterpret_cast<const void*>(fine_backward_kv_d64_bf16)},
+      {"fine_backward_kv_d64_fp16", reinterpret_cast<const void*>(fine_backward_kv_d64_fp16)},
+      {"fine_backward_kv_d128_bf16", reinterpret_cast<const void*>(fine_backward_kv_d128_bf16)},
+      {"fine_backward_kv_d128_fp16", reinterpret_cast<const void*>(fine_backward_kv_d128_fp16)},
+      {"fine_backward_q_d64_bf16", reinterpret_cast<const void*>(fine_backward_q_d64_bf16)},
+      {"fine_backward_q_d64_fp16", reinterpret_cast<const void*>(fine_backward_q_d64_fp16)},
+      {"fine_backward_q_d128_bf16", reinterpret_cast<const void*>(fine_backward_q_d128_bf16)},
+      {"fine_backward_q_d128_fp16", reinterpret_cast<const void*>(fine_backward_q_d128_fp16)},
       {"fine_forward_d64_bf16", reinterpret_cast<const void*>(fine_forward_d64_bf16)},
       {"fine_forward_d64_fp16", reinterpret_cast<const void*>(fine_forward_d64_fp16)},
       {"fine_forward_d128_bf16", reinterpret_cast<const void*>(fine_forward_d128_bf16)},
@@ -40,28 +77,40 @@ const Kernels& kernels() {
       {"pool_d64_fp16", reinterpret_cast<const void*>(pool_d64_fp16)},
       {"pool_d128_bf16", reinterpret_cast<const void*>(pool_d128_bf16)},
       {"pool_d128_fp16", reinterpret_cast<const void*>(pool_d128_fp16)},
+      {"select_d64_bf16", reinterpret_cast<const void*>(select_d64_bf16)},
+      {"select_d64_fp16", reinterpret_cast<const void*>(select_d64_fp16)},
+      {"select_d128_bf16", reinterpret_cast<const void*>(select_d128_bf16)},
+      {"select_d128_fp16", reinterpret_cast<const void*>(select_d128_fp16)},
+      {"select_wide_d64_bf16", reinterpret_cast<const void*>(select_wide_d64_bf16)},
+      {"select_wide_d64_fp16", reinterpret_cast<const void*>(select_wide_d64_fp16)},
+      {"select_wide_d128_bf16", reinterpret_cast<const void*>(select_wide_d128_bf16)},
+      {"select_wide_d128_fp16", reinterpret_cast<const void*>(select_wide_d128_fp16)},
+      {"transpose_index", reinterpret_cast<const void*>(transpose_index)},
   };
   return all;
 }
 
 void check_cuda(cudaError_t status, const LaunchPlan& plan, int device, const char* doing) {
   if (status == cudaSuccess) return;
-  throw LaunchError(text(plan.kernel, " on device ", device, ", grid (", plan.grid[0], ", ", plan.grid[1], ", ",
-                         plan.grid[2], "): ", doing, " failed with ", cudaGetErrorName(status), ": ",
+  throw LaunchError(text(plan.kernel, " on device ", device, ", grid (", plan.grid[0], ", ", plan.grid[1],
+                         ", ", plan.grid[2], "): ", doing, " failed with ", cudaGetErrorName(status), ": ",
                          cudaGetErrorString(status)));
 }
 
-// The driver's function by name and version: the binary links no libcuda, so it imports where there is no driver.
+// The driver's function by name and version: the binary links no libcuda, so it imports where there is no
+// driver.
 PFN_cuTensorMapEncodeTiled_v12000 encode_function(const LaunchPlan& plan, int device) {
   static std::mutex mutex;
   static void* function = nullptr;
   std::lock_guard<std::mutex> lock(mutex);
   if (!function) {
     cudaDriverEntryPointQueryResult result;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                                &result),
                plan, device, "finding cuTensorMapEncodeTiled in the driver");
     if (result != cudaDriverEntryPointSuccess || !function) {
-      throw LaunchError("cuTensorMapEncodeTiled is not in this driver; expected driver 525 (CUDA 12.0) or newer");
+      throw LaunchError(
+          "cuTensorMapEncodeTiled is not in this driver; expected driver 525 (CUDA 12.0) or newer");
     }
   }
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
@@ -78,15 +127,15 @@ CUtensorMap encode(const TensorMapPlan& map, const LaunchPlan& plan, int device)
   CUresult status = encode_function(plan, device)(
       &result, type, cuuint32_t(map.extents.size()), reinterpret_cast<void*>(map.address), extents.data(),
       strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-      map.swizzle == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      map.swizzle == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     std::string shape;
     for (size_t i = 0; i < extents.size(); i++) {
       shape += text(i ? ", " : "", extents[i], i ? text(" by ", strides[i - 1], " bytes") : std::string());
     }
-    throw LaunchError(text(plan.kernel, " on device ", device, ": cuTensorMapEncodeTiled failed with error ", int(status),
-                           " for extents (", shape, ")"));
+    throw LaunchError(text(plan.kernel, " on device ", device, ": cuTensorMapEncodeTiled failed with error ",
+                           int(status), " for extents (", shape, ")"));
   }
   return result;
 }
@@ -119,8 +168,9 @@ void allow_shared_bytes(const LaunchPlan& plan, const void* kernel, int device) 
   std::lock_guard<std::mutex> lock(mutex);
   uint32_t& bytes = allowed[{kernel, device}];
   if (bytes >= plan.shared_bytes) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)), plan,
-             device, "asking for shared memory");
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)), plan,
+      device, "asking for shared memory");
   bytes = plan.shared_bytes;
 }
 
@@ -151,7 +201,8 @@ void launch(const LaunchPlan& plan, int device, uint64_t stream) {
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  check_cuda(cudaLaunchKernelExC(&config, kernel->second, maps.empty() ? without_maps : with_maps), plan, device, "launch");
+  check_cuda(cudaLaunchKernelExC(&config, kernel->second, maps.empty() ? without_maps : with_maps), plan,
+             device, "launch");
 }
 
 std::vector<std::string> kernel_names() {

@@ -4,7 +4,8 @@
 
 namespace vsa {
 
-// Launches `plan` on a device's stream (a cudaStream_t as an integer). Throws LaunchError, naming kernel and device.
+// Launches `plan` on a device's stream (a cudaStream_t as an integer). Throws LaunchError, naming kernel and
+// device.
 void launch(const LaunchPlan& plan, int device, uint64_t stream);
 
 // Names of the kernels in this binary.

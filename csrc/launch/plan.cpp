@@ -41,26 +41,30 @@ CubeGrid make_grid(std::array<int64_t, 3> video_shape, std::array<int64_t, 3> cu
   for (int i = 0; i < 3; i++) {
     check_argument(video_shape[i] >= 1 && video_shape[i] <= kMaxCoordinate, "video_shape[", i, "]: got ",
                    video_shape[i], ", expected 1 to 2^31 - 1");
-    check_argument(cube[i] >= 1 && cube[i] <= kCubeTokens && 1 << log2_of(cube[i]) == cube[i], "cube[", i, "]: got ",
-                   cube[i], ", expected a power of two from 1 to 64");
+    check_argument(cube[i] >= 1 && cube[i] <= kCubeTokens && 1 << log2_of(cube[i]) == cube[i], "cube[", i,
+                   "]: got ", cube[i], ", expected a power of two from 1 to 64");
     volume *= cube[i];
   }
   check_argument(volume == kCubeTokens, "cube: got a volume of ", volume, ", expected 64");
   CubeGrid grid;
-  auto extent = [](const std::array<int64_t, 3>& x) { return Extent3{int32_t(x[0]), int32_t(x[1]), int32_t(x[2])}; };
+  auto extent = [](const std::array<int64_t, 3>& x) {
+    return Extent3{int32_t(x[0]), int32_t(x[1]), int32_t(x[2])};
+  };
   auto cubes_along = [&video_shape, &cube](int i) { return (video_shape[i] + cube[i] - 1) / cube[i]; };
   grid.video = extent(video_shape);
   grid.log2_cube = {log2_of(cube[0]), log2_of(cube[1]), log2_of(cube[2])};
   grid.cubes = extent({cubes_along(0), cubes_along(1), cubes_along(2)});
   double cubes = double(grid.cubes.t) * grid.cubes.h * grid.cubes.w;
-  check_argument(cubes < double(kMaxCoordinate) / kCubeTokens, "video_shape: got ", cubes, " cubes, expected fewer than 2^25");
+  check_argument(cubes < double(kMaxCoordinate) / kCubeTokens, "video_shape: got ", cubes,
+                 " cubes, expected fewer than 2^25");
   return grid;
 }
 
 CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
   const int64_t element = bytes(tensor.type);
   check_argument(tensor.address != 0, argument, ": got a null pointer, expected device memory");
-  check_argument(tensor.address % 16 == 0, argument, ": got an address that is not 16-byte aligned; copy the tensor");
+  check_argument(tensor.address % 16 == 0, argument,
+                 ": got an address that is not 16-byte aligned; copy the tensor");
   check_argument(tensor.tokens == grid.num_tokens(), argument, ": got ", tensor.tokens, " tokens, expected ",
                  grid.num_tokens(), " = T * H * W");
   int64_t token = normal_stride(tensor.tokens, tensor.strides[1], tensor.head_dim);
@@ -68,10 +72,12 @@ CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const cha
   int64_t batch = normal_stride(tensor.batch, tensor.strides[0], tensor.heads * head);
   for (int64_t stride : {token, head, batch}) {
     check_argument(stride > 0 && stride * element % 16 == 0, argument, ": got a stride of ", stride,
-                   " elements, expected a positive multiple of ", 16 / element, " (16 bytes); make the tensor contiguous");
+                   " elements, expected a positive multiple of ", 16 / element,
+                   " (16 bytes); make the tensor contiguous");
   }
 
-  // The head goes into the outermost coordinate where one stride can serve batch and head together, else into the columns.
+  // The head goes into the outermost coordinate where one stride can serve batch and head together, else into
+  // the columns.
   CubeMap result;
   uint64_t columns = tensor.head_dim, outer = tensor.batch;
   int64_t outer_stride = batch;
@@ -95,10 +101,12 @@ CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const cha
                  uint64_t(token) * grid.video.w * grid.video.h * element, uint64_t(outer_stride) * element};
   map.box = {64, 1u << grid.log2_cube.w, 1u << grid.log2_cube.h, 1u << grid.log2_cube.t, 1};
   for (uint64_t extent : map.extents) {
-    check_argument(extent <= kMaxMapExtent, argument, ": got a dimension of ", extent, " elements, expected at most 2^32");
+    check_argument(extent <= kMaxMapExtent, argument, ": got a dimension of ", extent,
+                   " elements, expected at most 2^32");
   }
   for (uint64_t& stride : map.strides) {
-    check_argument(stride < kMaxMapStride, argument, ": got a stride of ", stride, " bytes, expected less than 2^40");
+    check_argument(stride < kMaxMapStride, argument, ": got a stride of ", stride,
+                   " bytes, expected less than 2^40");
   }
   return result;
 }
@@ -107,8 +115,8 @@ void check_same_heads(const TokenTensor& tensor, const TokenTensor& expected, co
   auto words = [](const TokenTensor& x) {
     return text("batch ", x.batch, ", heads ", x.heads, ", head_dim ", x.head_dim, ", ", name(x.type));
   };
-  check_argument(words(tensor) == words(expected), argument, ": got ", words(tensor), ", expected ", words(expected),
-                 " as query has");
+  check_argument(words(tensor) == words(expected), argument, ": got ", words(tensor), ", expected ",
+                 words(expected), " as query has");
 }
 
 std::string kernel_name(const char* stem, int64_t head_dim, ElementType type) {
@@ -118,7 +126,8 @@ std::string kernel_name(const char* stem, int64_t head_dim, ElementType type) {
 }
 
 uint32_t checked_grid(int64_t ctas, const char* kernel) {
-  check_argument(ctas <= kMaxCoordinate, kernel, ": got a problem of ", ctas, " CTAs, expected at most 2^31 - 1");
+  check_argument(ctas <= kMaxCoordinate, kernel, ": got a problem of ", ctas,
+                 " CTAs, expected at most 2^31 - 1");
   return uint32_t(ctas);
 }
 

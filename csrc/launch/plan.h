@@ -1,5 +1,5 @@
-// What a launch consists of, in plain host data: built and tested without a GPU, launched by launch.cu, or executed by
-// tests/simulator.
+// What a launch consists of, in plain host data: built and tested without a GPU, launched by launch.cu, or
+// executed by tests/simulator.
 #pragma once
 
 #include <array>
@@ -16,7 +16,8 @@ enum class ElementType { kBFloat16, kFloat16, kFloat32 };
 const char* name(ElementType type);
 int bytes(ElementType type);
 
-// A tensor map in words (cuTensorMapEncodeTiled's arguments): dimension 0 is the innermost, its stride one element.
+// A tensor map in words (cuTensorMapEncodeTiled's arguments): dimension 0 is the innermost, its stride one
+// element.
 struct TensorMapPlan {
   uint64_t address = 0;
   ElementType type = ElementType::kBFloat16;
@@ -50,7 +51,8 @@ struct TokenTensor {
   std::array<int64_t, 3> strides{};  // elements: batch, token, head (head_dim's is 1)
 };
 
-// Same batch, heads, head_dim and type (token counts may differ: queries and keys may come from different videos).
+// Same batch, heads, head_dim and type (token counts may differ: queries and keys may come from different
+// videos).
 void check_same_heads(const TokenTensor& tensor, const TokenTensor& expected, const char* argument);
 
 // A plain array by address; 0 where an optional one is absent.
@@ -61,7 +63,8 @@ T* pointer(uint64_t address) {
 
 CubeGrid make_grid(std::array<int64_t, 3> video_shape, std::array<int64_t, 3> cube);
 
-// Boxes of one cube by 64 columns over `tensor`, and how a kernel addresses them. `argument` names it in errors.
+// Boxes of one cube by 64 columns over `tensor`, and how a kernel addresses them. `argument` names it in
+// errors.
 struct CubeMap {
   TensorMapPlan map;
   CubeCoordinates coordinates;

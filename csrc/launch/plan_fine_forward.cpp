@@ -1,22 +1,22 @@
 #include "launch/plan_fine_forward.h"
 
 #include <cmath>
-#include <limits>
 
 #include "kernels/fine_forward_params.h"
 #include "launch/check.h"
 
 namespace vsa {
 
-BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, const CubeGrid& kv_grid) {
+BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks) {
   BlockLists lists{};
-  lists.num_blocks = kv_grid.num_cubes();
+  lists.num_blocks = int32_t(num_blocks);
   if (entries.address == 0) return lists;
   check_argument(counts.address != 0 && counts.strides.size() == 3,
                  "kv_num_blocks: got no tensor of 3 dimensions, expected [batch, heads, num_q_blocks] int32");
-  check_argument(entries.strides.size() == 4 && entries.strides[3] == 1,
-                 "kv_indices: got no tensor of 4 dimensions with the last one contiguous, expected [batch, heads, "
-                 "num_q_blocks, max_blocks] int32");
+  check_argument(
+      entries.strides.size() == 4 && entries.strides[3] == 1,
+      "kv_indices: got no tensor of 4 dimensions with the last one contiguous, expected [batch, heads, "
+      "num_q_blocks, max_blocks] int32");
   lists.counts = pointer<const int32_t>(counts.address);
   lists.entries = pointer<const int32_t>(entries.address);
   for (int i = 0; i < 3; i++) {
@@ -44,13 +44,18 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   check_same_heads(arguments.value, query, "value");
   check_same_heads(arguments.out, query, "out");
   check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
-  check_argument(std::isfinite(arguments.scale), "scale: got ", arguments.scale, ", expected a finite number");
+  check_argument(std::isfinite(arguments.scale) && arguments.scale > 0, "scale: got ", arguments.scale,
+                 ", expected a finite number above 0");
 
   LaunchPlan plan;
   plan.kernel = kernel_name("fine_forward", query.head_dim, query.type);
   FineForwardParams params{};
   params.q_grid = arguments.q_grid;
   params.kv_grid = arguments.kv_grid;
+  params.coarse_grid = arguments.coarse_grid;
+  check_argument(arguments.coarse_grid.num_tokens() == arguments.q_grid.num_tokens(), "coarse_grid: got ",
+                 arguments.coarse_grid.num_tokens(), " tokens, expected ", arguments.q_grid.num_tokens(),
+                 " as query has");
 
   auto add_map = [&plan](const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
     CubeMap map = make_cube_map(tensor, grid, argument);
@@ -62,7 +67,8 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.value = add_map(arguments.value, arguments.kv_grid, "value");
   params.out = add_map(arguments.out, arguments.q_grid, "out");
   params.store_out_fine = arguments.store_out_fine;
-  params.out_fine = add_map(params.store_out_fine ? arguments.out_fine : arguments.out, arguments.q_grid, "out_fine");
+  params.out_fine =
+      add_map(params.store_out_fine ? arguments.out_fine : arguments.out, arguments.q_grid, "out_fine");
 
   params.lists = arguments.lists;
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
@@ -73,10 +79,8 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.gate_coarse = arguments.gate_coarse;
   const Gate& gate = params.gate_fine;
   params.combine = params.coarse || gate.values || gate.scalar || gate.factor != 1.0f;
-  params.negative_scale = arguments.scale < 0;
   constexpr double kLog2E = 1.4426950408889634;
-  // A scale of 0 would make NaN of the -inf of masked keys.
-  params.scale_log2 = float(std::max(std::abs(arguments.scale) * kLog2E, double(std::numeric_limits<float>::min())));
+  params.scale_log2 = float(arguments.scale * kLog2E);
   params.heads = int32_t(query.heads);
   plan.set_params(params);
 

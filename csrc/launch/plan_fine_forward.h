@@ -12,8 +12,9 @@ struct StridedTensor {
   std::vector<int64_t> strides;
 };
 
-// counts [batch, heads, rows], entries [batch, heads, rows, max_blocks]; with entries absent every row has all blocks.
-BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, const CubeGrid& kv_grid);
+// counts [batch, heads, rows], entries [batch, heads, rows, max_blocks]; with entries absent every row has
+// all blocks.
+BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks);
 
 // values [batch, tokens, heads, head_dim] (any strides) or scalar (one fp32) or neither, times factor.
 Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor);
@@ -23,10 +24,11 @@ struct FineForwardArguments {
   TokenTensor out_fine;  // any where it is not stored
   bool store_out_fine = false;
   CubeGrid q_grid, kv_grid;
+  CubeGrid coarse_grid;  // of q_grid's tokens
   BlockLists lists;
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks], 0: all of each cube
   uint64_t lse = 0;                             // fp32 [batch, heads, num_q_blocks, 64]
-  uint64_t coarse = 0;                          // [batch, heads, num_q_blocks, head_dim] packed, or 0
+  uint64_t coarse = 0;                          // [batch, heads, coarse cubes, head_dim] packed, or 0
   Gate gate_fine, gate_coarse;
   double scale = 1.0;
 };

@@ -5,18 +5,26 @@
 
 namespace vsa {
 
-// An mbarrier. A phase ends when `count` threads have arrived and all expected bytes have landed; wait(parity) returns
-// once the phase of that parity has ended. A fresh barrier is in phase 0, so wait(1) on it returns at once.
+// An mbarrier. A phase ends when `count` threads have arrived and all expected bytes have landed;
+// wait(parity) returns once the phase of that parity has ended. A fresh barrier is in phase 0, so wait(1) on
+// it returns at once.
 struct Barrier {
   uint64_t state;
 
   VSA_DEVICE void init(int count) { ptx::mbarrier_init(&state, count); }
 
   // release: what this thread wrote to shared memory before is seen by those who wait for this phase.
-  VSA_DEVICE void arrive() { ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state); }
+  VSA_DEVICE void arrive() {
+    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state);
+  }
 
   VSA_DEVICE void arrive_expect(uint32_t bytes) {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, bytes);
+  }
+
+  // The current phase waits for `bytes` more; the caller, or somebody later, still arrives.
+  VSA_DEVICE void expect(uint32_t bytes) {
+    ptx::mbarrier_expect_tx(ptx::sem_relaxed, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
 
   VSA_DEVICE void wait(uint32_t parity) {

@@ -42,7 +42,8 @@ VSA_DEVICE bool elect_one() {
   return elected != 0;
 }
 
-// setmaxnreg: a warpgroup gives registers back, or takes what others gave back. Every warp of the warpgroup calls it.
+// setmaxnreg: a warpgroup gives registers back, or takes what others gave back. Every warp of the warpgroup
+// calls it.
 template <int kRegisters>
 VSA_DEVICE void register_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

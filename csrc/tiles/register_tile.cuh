@@ -1,11 +1,11 @@
 // Tiles of 64 rows spread over the registers of a warpgroup: fp32 accumulators and 16-bit matrix operands.
 //
-// Who holds what (wgmma's accumulator layout): warp w of the warpgroup holds rows 16w to 16w + 15; lane l holds, of each
-// group of 8 columns j, the four elements
+// Who holds what (wgmma's accumulator layout): warp w of the warpgroup holds rows 16w to 16w + 15; lane l
+// holds, of each group of 8 columns j, the four elements
 //     row 16w + l/4     : columns 8j + 2(l%4), 8j + 2(l%4) + 1     registers 4j,     4j + 1     half 0
 //     row 16w + l/4 + 8 : the same columns                         registers 4j + 2, 4j + 3     half 1
-// so a row lies in the 4 lanes of a quad, and a lane has two rows. An operand of 16 columns packs the same elements in
-// pairs: {half 0, half 1} of its first 8 columns, then {half 0, half 1} of the last 8.
+// so a row lies in the 4 lanes of a quad, and a lane has two rows. An operand of 16 columns packs the same
+// elements in pairs: {half 0, half 1} of its first 8 columns, then {half 0, half 1} of the last 8.
 #pragma once
 
 #include "tiles/shared_tile.cuh"
@@ -76,6 +76,11 @@ VSA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+VSA_DEVICE uint32_t quad_or(uint32_t x) {
+  x |= __shfl_xor_sync(0xffffffffu, x, 1);
+  return x | __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
 template <int kCols>
 VSA_DEVICE void mul_row(FloatTile<kCols>& tile, const RowVector& factor) {
 #pragma unroll
@@ -105,22 +110,16 @@ VSA_DEVICE void fill_rows(FloatTile<kCols>& tile, uint64_t mask, float value) {
   }
 }
 
-// tile = -tile: flips the sign bits.
-template <class T, int kCols>
-VSA_DEVICE void negate(HalfTile<T, kCols>& tile) {
-#pragma unroll
-  for (int i = 0; i < tile.kRegisters; i++) tile.data[i] ^= 0x80008000u;
-}
-
 // Rounds to T, nearest even.
 template <class T, int kCols>
 VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
 #pragma unroll
-  for (int i = 0; i < result.kRegisters; i++) result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
+  for (int i = 0; i < result.kRegisters; i++)
+    result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
 }
 
-// 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0). volatile: it stays on its side of a wait, so
-// that exponentials run while a matrix product does.
+// 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0). volatile: it stays on its side of
+// a wait, so that exponentials run while a matrix product does.
 VSA_DEVICE float exp2_approx(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -150,7 +149,8 @@ VSA_DEVICE void store(SharedTile<T, 64, kCols>& destination, const HalfTile<T, k
   for (int k = 0; k < kCols / 16; k++) {
     uint32_t address = shared_address(destination.chunk(row, 2 * k + lane_id() / 16));
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-                 "r"(tile.data[4 * k]), "r"(tile.data[4 * k + 1]), "r"(tile.data[4 * k + 2]), "r"(tile.data[4 * k + 3])
+                 "r"(tile.data[4 * k]), "r"(tile.data[4 * k + 1]), "r"(tile.data[4 * k + 2]),
+                 "r"(tile.data[4 * k + 3])
                  : "memory");
   }
 }

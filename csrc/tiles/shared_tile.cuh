@@ -5,8 +5,9 @@
 
 namespace vsa {
 
-// kRows x kCols 16-bit elements in kCols/64 panels, each kRows rows of 128 bytes. In a panel the 16-byte chunk c of row r
-// lies at chunk c ^ (r % 8), which is what TMA's and wgmma's SWIZZLE_128B do when the panel starts at a multiple of 1024.
+// kRows x kCols 16-bit elements in kCols/64 panels, each kRows rows of 128 bytes. In a panel the 16-byte
+// chunk c of row r lies at chunk c ^ (r % 8), which is what TMA's and wgmma's SWIZZLE_128B do when the panel
+// starts at a multiple of 1024.
 template <class T, int kRows_, int kCols_>
 struct alignas(1024) SharedTile {
   static_assert(is_half_type<T> && kRows_ % 8 == 0 && kCols_ % 64 == 0);
@@ -29,7 +30,8 @@ struct alignas(1024) SharedTile {
   }
 };
 
-// Rows first_row to kRows - 1 become zero; all 32 lanes of a warp take part. Ordinary writes: the caller fences.
+// Rows first_row to kRows - 1 become zero; all 32 lanes of a warp take part. Ordinary writes: the caller
+// fences.
 template <class Tile>
 VSA_DEVICE void zero_rows(Tile& tile, int first_row) {
   constexpr int kChunks = Tile::kCols / 8;

@@ -17,8 +17,10 @@ VSA_DEVICE void fence_async_shared() { ptx::fence_proxy_async(ptx::space_shared)
 // One box at `coordinates` (elements, dimension 0 first) into `destination`; `full` gets the box's bytes,
 // elements out of range included (they arrive as zeros).
 template <int kRank>
-VSA_DEVICE void load_async(void* destination, const CUtensorMap& map, const int32_t (&coordinates)[kRank], Barrier& full) {
-  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, destination, &map, coordinates, &full.state);
+VSA_DEVICE void load_async(void* destination, const CUtensorMap& map, const int32_t (&coordinates)[kRank],
+                           Barrier& full) {
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, destination, &map, coordinates,
+                            &full.state);
 }
 
 // One box out; elements out of range are not written. Completion through store_commit and store_wait.

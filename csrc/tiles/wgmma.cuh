@@ -27,8 +27,8 @@ VSA_DEVICE void pin(HalfTile<T, kCols>& tile) {
   for (int i = 0; i < tile.kRegisters; i++) asm volatile("" : "+r"(tile.data[i])::"memory");
 }
 
-// Until at most kPending committed groups are unfinished. `tiles` are those that this makes ready: results to read,
-// operands to overwrite.
+// Until at most kPending committed groups are unfinished. `tiles` are those that this makes ready: results to
+// read, operands to overwrite.
 template <int kPending, class... Tiles>
 VSA_DEVICE void mma_wait(Tiles&... tiles) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -48,13 +48,13 @@ struct ElementName<fp16> {
 };
 
 // Operand lists cannot be written by a template: the one macro of the tile layer.
-#define VSA_ACCUMULATORS(d, i)                                                                                       \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
-      "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]),             \
-      "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
+#define VSA_ACCUMULATORS(d, i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),           \
+      "+f"(d[i + 6]), "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), \
+      "+f"(d[i + 12]), "+f"(d[i + 13]), "+f"(d[i + 14]), "+f"(d[i + 15])
 
-// d[64, N] (+)= a[64, 16] b[16, N]; operands by descriptor, or a in registers. kTranspose: the operand lies with its
-// rows (of a) or columns (of b) contiguous.
+// d[64, N] (+)= a[64, 16] b[16, N]; operands by descriptor, or a in registers. kTranspose: the operand lies
+// with its rows (of a) or columns (of b) contiguous.
 template <class T, int kTransposeA, int kTransposeB>
 VSA_DEVICE void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
@@ -86,7 +86,8 @@ VSA_DEVICE void wgmma_m64n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t
       "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"
       "}\n"
       : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB), "C"(ElementName<T>::kText));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB),
+        "C"(ElementName<T>::kText));
 }
 
 template <class T, int kTransposeA, int kTransposeB>
@@ -128,21 +129,24 @@ VSA_DEVICE void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], uint64_
       "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n"
       "}\n"
       : VSA_ACCUMULATORS(d, 0), VSA_ACCUMULATORS(d, 16), VSA_ACCUMULATORS(d, 32), VSA_ACCUMULATORS(d, 48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB), "C"(ElementName<T>::kText));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kTransposeB),
+        "C"(ElementName<T>::kText));
 }
 
 #undef VSA_ACCUMULATORS
 
-// Matrix descriptor of a 128-byte-swizzled tile (PTX ISA 9.7.15.5.1): start address, leading and stride byte offsets in
-// units of 16 bytes, swizzle mode 1 in bits 62 and 63. Stride: from one group of 8 rows to the next. Leading: from one
-// 64-column panel to the next where the columns are not the summed dimension, else unused.
+// Matrix descriptor of a 128-byte-swizzled tile (PTX ISA 9.7.15.5.1): start address, leading and stride byte
+// offsets in units of 16 bytes, swizzle mode 1 in bits 62 and 63. Stride: from one group of 8 rows to the
+// next. Leading: from one 64-column panel to the next where the columns are not the summed dimension, else
+// unused.
 VSA_DEVICE uint64_t descriptor(const void* start, uint32_t leading_bytes) {
   constexpr uint64_t kStrideBytes = 1024;
-  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4) << 16 | (kStrideBytes >> 4) << 32 |
-         uint64_t(1) << 62;
+  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4) << 16 |
+         (kStrideBytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// A descriptor `bytes` further on; shared addresses stay below 2^18, so that nothing carries into the next field.
+// A descriptor `bytes` further on; shared addresses stay below 2^18, so that nothing carries into the next
+// field.
 VSA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 // Where 16 columns, number `step`, of a tile that is summed over its columns begin.
@@ -154,7 +158,8 @@ constexpr int columns_offset(int step) {
 // Where 16 rows, number `step`, of columns first_column onward begin in a tile that is summed over its rows.
 template <class Tile>
 constexpr int rows_offset(int step, int first_column) {
-  return first_column / Tile::kPanelCols * Tile::kPanelBytes + step * 16 * Tile::kPanelCols * sizeof(typename Tile::Element);
+  return first_column / Tile::kPanelCols * Tile::kPanelBytes +
+         step * 16 * Tile::kPanelCols * sizeof(typename Tile::Element);
 }
 
 template <class Tile>
@@ -191,7 +196,8 @@ VSA_DEVICE void fragment(uint32_t (&result)[4], const HalfTile<T, kCols>& tile, 
 
 // d[64, N] = a[64, K] b[N, K]^T, added to d if `accumulate`.
 template <class T, int kN, int kK>
-VSA_DEVICE void mma_ABt(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+VSA_DEVICE void mma_ABt(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kN, kK>& b,
+                        bool accumulate) {
   uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
@@ -201,20 +207,23 @@ VSA_DEVICE void mma_ABt(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T
 }
 
 template <class T, int kN, int kK>
-VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kN, kK>& b, bool accumulate) {
+VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kN, kK>& b,
+                        bool accumulate) {
   uint64_t b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
     uint32_t a_fragment[4];
     fragment(a_fragment, a, k);
-    mma_step<T, 0>(d, a_fragment, advance(b_start, columns_offset<SharedTile<T, kN, kK>>(k)), accumulate || k > 0);
+    mma_step<T, 0>(d, a_fragment, advance(b_start, columns_offset<SharedTile<T, kN, kK>>(k)),
+                   accumulate || k > 0);
   }
 }
 
-// d[64, N] = a[64, K] b[K, N], added to d if `accumulate`. d may be narrower than b: columns first_column onward.
+// d[64, N] = a[64, K] b[K, N], added to d if `accumulate`. d may be narrower than b: columns first_column
+// onward.
 template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
-                       int first_column = 0) {
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kK, kCols>& b,
+                       bool accumulate, int first_column = 0) {
   uint64_t b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
@@ -226,25 +235,27 @@ VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T,
 }
 
 template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
-                       int first_column = 0) {
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kCols>& b,
+                       bool accumulate, int first_column = 0) {
   uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
     mma_step<T, 0, 1>(d, advance(a_start, columns_offset<SharedTile<T, 64, kK>>(k)),
-                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)), accumulate || k > 0);
+                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
+                      accumulate || k > 0);
   }
 }
 
 // d[64, N] = a[K, 64]^T b[K, N], added to d if `accumulate`.
 template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kCols>& b, bool accumulate,
-                        int first_column = 0) {
+VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kCols>& b,
+                        bool accumulate, int first_column = 0) {
   uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
     mma_step<T, 1, 1>(d, advance(a_start, rows_offset<SharedTile<T, kK, 64>>(k, 0)),
-                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)), accumulate || k > 0);
+                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
+                      accumulate || k > 0);
   }
 }
 

@@ -1,5 +1,7 @@
-"""Whether to build the extension, and with which nvcc. Standard library only: setup.py, the build backend and the
-tests use it."""
+"""Whether to build the extension, and with which nvcc.
+
+Standard library only: setup.py, the build backend and the tests use it.
+"""
 
 import os
 import shutil
@@ -35,7 +37,7 @@ class Nvcc:
         return self.path.parent.parent
 
     def environment(self, base=os.environ) -> dict[str, str]:
-        """`base` plus what nvcc needs to link: the PyPI wheels keep the runtime in lib/, nvcc looks in lib64/."""
+        """`base` plus what linking needs: PyPI wheels keep the runtime in lib/, nvcc looks in lib64/."""
         env = dict(base)
         if not (self.root / "lib64").is_dir():
             known = env.get("LIBRARY_PATH")

@@ -1,0 +1,145 @@
+// What the two passes of the fine stage's backward share. Per pair of blocks, with S = Q K^T:
+//
+//   P = exp2(scale_log2 S - log2(e) LSE)      dV += P^T dO      dP = dO V^T
+//   dS = P (dP - delta)                       dK += dS^T Q      dQ += dS K        (dK, dQ times scale at the
+//   end)
+//
+// A pass keeps what belongs to a consumer's cube in registers and walks a ring of the other side's tiles. No
+// reduction between CTAs, so every run gives the same bits; S and dP are computed twice for that, 7 matrix
+// products instead of 5.
+#pragma once
+
+#include "kernels/fine_backward_params.h"
+#include "kernels/shared_ring.cuh"
+#include "tiles/wgmma.cuh"
+
+namespace vsa {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+template <int kHeadDim_, class T_, class Info>
+struct FineBackward {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kBackwardConsumers;
+  static constexpr int kStages = fine_backward_stages(kHeadDim);
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
+  using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
+  struct Shared {
+    Tile first[kConsumers], second[kConsumers];  // of each consumer's cube; later the gradients
+    Ring ring;
+  };
+};
+
+// What a CTA works on: the cubes at `cubes` positions from `first` on, of one head, in the order along time.
+struct FineBackwardTask {
+  int batch, head, first, cubes;
+
+  VSA_DEVICE FineBackwardTask(const CubeGrid& grid, int heads) {
+    int groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
+    int row = blockIdx.x / groups;
+    batch = row / heads;
+    head = row % heads;
+    first = (blockIdx.x - row * groups) * kBackwardConsumers;
+    cubes = min(kBackwardConsumers, grid.num_cubes() - first);
+  }
+
+  VSA_DEVICE int cube(const CubeGrid& grid, int consumer) const {
+    return grid.cube_along_time(first + consumer);
+  }
+  VSA_DEVICE CubeAddress address(const CubeGrid& grid, int cube) const {
+    return {batch, head, grid.origin(cube)};
+  }
+};
+
+// One thread of the producer, before it fills the ring: the tiles that a consumer keeps. They count into the
+// first phase of the ring's first stage, so that whoever has waited for that stage has them too.
+template <class Shared>
+VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& first_map,
+                              const CubeCoordinates& first_at, const CUtensorMap& second_map,
+                              const CubeCoordinates& second_at, const CubeAddress& cube) {
+  Barrier& full = shared.ring.full[0];
+  full.expect(2 * sizeof(shared.first[consumer]));
+  load_cube(shared.first[consumer], first_map, first_at, cube, full);
+  load_cube(shared.second[consumer], second_map, second_at, cube, full);
+}
+
+// A consumer's way round the ring. step(has_pending, stage, pending, valid) works on a stage that the
+// consumer is a member of and releases the `pending` one; finish(pending) completes and releases it alone. A
+// stage stays pending for at most kStages - 2 stages of others: the ring always has room for the stage that
+// everyone waits for, whatever the lists.
+template <class Ring, class Step, class Finish>
+VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
+  constexpr int kNone = -1;
+  int pending = kNone, passed = 0;
+  RingPosition<Ring::kStages> at;
+  while (true) {
+    ring.full[at.stage].wait(at.phase);
+    StageInfo info = ring.info[at.stage];
+    if (info.members == 0) break;
+    if (info.members >> consumer & 1) {
+      if (pending == kNone) {
+        step(std::false_type{}, at.stage, pending, info.valid);
+      } else {
+        step(std::true_type{}, at.stage, pending, info.valid);
+      }
+      pending = at.stage;
+      passed = 0;
+    } else {
+      ring.release(at.stage);
+      if (pending != kNone && ++passed == Ring::kStages - 2) {
+        finish(pending);
+        pending = kNone;
+      }
+    }
+    at.advance();
+  }
+  if (pending != kNone) finish(pending);
+}
+
+VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
+
+// Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though the work
+// above is meant to run beside those products; it moves nothing over a branch that depends on all of it. Never taken:
+// the plan lets no infinite scale pass. By vote, so that the warp stays converged and addresses uniform.
+template <class Tile>
+VSA_DEVICE void settle(const Tile& tile, float scale_log2) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) bits |= bits_of(tile.data[i]);
+  if (__any_sync(0xffffffffu, bits == 0xffffffffu) && scale_log2 == INFINITY) __trap();
+}
+
+// tile = tile * scale + pooled * share, on every row; pooled [kCols] or null.
+template <int kCols>
+VSA_DEVICE void scale_and_add_row(FloatTile<kCols>& tile, float scale, const float* pooled, float share) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; j++) {
+    float2 add{0.0f, 0.0f};
+    if (pooled) add = __ldg(reinterpret_cast<const float2*>(pooled + 8 * j + tile_column()));
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      tile.data[4 * j + i] = fmaf(tile.data[4 * j + i], scale, share * (i % 2 ? add.y : add.x));
+  }
+}
+
+// One consumer's gradient of its cube, through shared memory to global.
+template <class Tile, int kCols>
+VSA_DEVICE void store_gradient(const FloatTile<kCols>& gradient, Tile& staging, int consumer,
+                               const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube) {
+  HalfTile<typename Tile::Element, kCols> rounded;
+  convert(rounded, gradient);
+  store(staging, rounded);
+  fence_async_shared();  // the copy engine reads what this warpgroup wrote
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
+  if (threadIdx.x % kWarpgroupThreads == 0) {
+    store_cube(map, at, cube, staging);
+    store_commit();
+  }
+}
+
+}  // namespace vsa

@@ -1,0 +1,210 @@
+// Fine stage, backward, key side: dK and dV, each written once.
+//
+// A CTA takes two key cubes, one consumer warpgroup each, which keeps K and V. The producer walks the merged
+// lists of the query cubes that chose them and loads each one's Q and dO once, with its LSE and delta. Rows
+// are keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers. Per member
+// tile:
+//
+//   tensor cores   | S(i+1) | dP(i+1) | dK += dS(i) Q(i) |             | dV += P(i+1) dO(i+1) |
+//   consumer                | P(i+1) --------- | wait, release stage i | dS(i+1) ------------ |
+//
+// The last product runs on into the next step.
+#pragma once
+
+#include "kernels/fine_backward.cuh"
+
+namespace vsa {
+
+struct FineBackwardKvMaps {
+  CUtensorMap query, key, value, grad_out, grad_key, grad_value;
+};
+
+struct alignas(16) QueryStageInfo : StageInfo {
+  float lse[kCubeTokens], delta[kCubeTokens];  // alike +inf and 0 in slots without a token
+};
+static_assert(sizeof(QueryStageInfo) == kStageInfoBytes + kBackwardRowBytes);
+
+template <int kHeadDim, class T>
+struct FineBackwardKv : FineBackward<kHeadDim, T, QueryStageInfo> {
+  static_assert(sizeof(typename FineBackwardKv::Shared) == fine_backward_kv_shared_bytes(kHeadDim));
+  // Less traffic from shared memory, which bounds 64-wide products; head_dim 128 has no registers for it.
+  static constexpr bool kKeysInRegisters = kHeadDim == 64;
+};
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const FineBackwardKvMaps& maps,
+                                         const FineBackwardParams& params, const FineBackwardTask& task) {
+  int64_t row = int64_t(task.batch) * params.heads + task.head;
+  const int32_t* offsets =
+      params.q_offsets ? params.q_offsets + row * (params.kv_grid.num_cubes() + 1) : nullptr;
+  const int32_t* indices = params.q_indices + row * params.q_indices_per_head;
+  MergedList<Kernel::kConsumers> lists;
+#pragma unroll
+  for (int i = 0; i < Kernel::kConsumers; i++) {
+    bool exists = i < task.cubes;
+    int cube = task.cube(params.kv_grid, exists ? i : 0);
+    int begin = offsets ? __ldg(offsets + cube) : 0;
+    int end = offsets ? __ldg(offsets + cube + 1) : params.q_grid.num_cubes();
+    lists.start(i, offsets ? indices + begin : nullptr, exists ? end - begin : 0);
+    if (exists && elect_one()) {
+      load_resident(shared, i, maps.key, params.key, maps.value, params.value,
+                    task.address(params.kv_grid, cube));
+    }
+    __syncwarp();
+  }
+  RingSource source{maps.query,    maps.grad_out,        params.query, params.grad_out,
+                    params.q_grid, params.q_block_sizes, task.batch,   task.head};
+  int64_t first_row = row * params.q_grid.num_cubes();
+  auto load_rows = [&shared, &params, first_row](int stage, int block, Barrier& full) {
+    QueryStageInfo& info = shared.ring.info[stage];
+    int64_t first = (first_row + block) * kCubeTokens;
+    load_async(info.lse, params.lse + first, sizeof(info.lse), full);
+    load_async(info.delta, params.delta + first, sizeof(info.delta), full);
+  };
+  produce(shared.ring, lists, source, kBackwardRowBytes, load_rows);
+}
+
+// A consumer's registers through the loop.
+template <class Kernel>
+struct FineBackwardKvState {
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> key, value;  // with kKeysInRegisters
+  FloatTile<Kernel::kHeadDim> grad_key, grad_value;
+  HalfTile<typename Kernel::T, kCubeTokens> probabilities,
+      grad_scores;  // P^T in flight to dV, dS^T of the pending stage
+};
+
+// The two numbers of a row of queries that belong to this lane's columns of group j.
+VSA_DEVICE float2 column_pair(const float (&row)[kCubeTokens], int j) {
+  return *reinterpret_cast<const float2*>(row + 8 * j + tile_column());
+}
+
+template <class Kernel, bool kPending>
+VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typename Kernel::Shared& shared,
+                                      int consumer, float scale_log2, int stage, int pending) {
+  auto& ring = shared.ring;
+  const QueryStageInfo& info = ring.info[stage];
+  FloatTile<kCubeTokens> scores, grads;
+  mma_fence();
+  if constexpr (Kernel::kKeysInRegisters) {
+    mma_ABt(scores, state.key, ring.first[stage], false);
+    mma_commit();
+    mma_ABt(grads, state.value, ring.second[stage], false);
+  } else {
+    mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
+    mma_commit();
+    mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
+  }
+  mma_commit();
+  if constexpr (kPending) {
+    mma_AB(state.grad_key, state.grad_scores, ring.first[pending], true);
+    mma_commit();
+    mma_wait<2>(scores);
+  } else {
+    mma_wait<1>(scores);
+  }
+#pragma unroll
+  for (int j = 0; j < kCubeTokens / 8; j++) {
+    float2 lse = column_pair(info.lse, j);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& x = scores.data[4 * j + i];
+      x = exp2_approx(fmaf(x, scale_log2, -kLog2E * (i % 2 ? lse.y : lse.x)));
+    }
+  }
+  settle(scores, scale_log2);
+  mma_wait<0>(grads, state.grad_key, state.grad_scores);
+  if constexpr (kPending) ring.release(pending);
+
+  convert(state.probabilities, scores);
+  mma_fence();
+  mma_AB(state.grad_value, state.probabilities, ring.second[stage], true);
+  mma_commit();
+  if (stage == pending) __trap();  // never: a branch, or ptxas spreads these products among what runs beside them
+#pragma unroll
+  for (int j = 0; j < kCubeTokens / 8; j++) {
+    float2 delta = column_pair(info.delta, j);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      grads.data[4 * j + i] = scores.data[4 * j + i] * (grads.data[4 * j + i] - (i % 2 ? delta.y : delta.x));
+  }
+  convert(state.grad_scores, grads);
+  settle(state.grad_scores, scale_log2);
+  mma_wait<0>(state.grad_value, state.probabilities);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_kv_finish(FineBackwardKvState<Kernel>& state, typename Kernel::Ring& ring,
+                                        int pending) {
+  mma_fence();
+  mma_AB(state.grad_key, state.grad_scores, ring.first[pending], true);
+  mma_commit();
+  mma_wait<0>(state.grad_key, state.grad_scores);
+  ring.release(pending);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const FineBackwardKvMaps& maps,
+                                         const FineBackwardParams& params, const FineBackwardTask& task,
+                                         int consumer) {
+  FineBackwardKvState<Kernel> state;
+  zero(state.grad_key);
+  zero(state.grad_value);
+  if (Kernel::kKeysInRegisters && consumer < task.cubes) {
+    shared.ring.full[0].wait(0);
+    load(state.key, shared.first[consumer]);
+    load(state.value, shared.second[consumer]);
+  }
+  walk_ring(
+      shared.ring, consumer,
+      [&state, &shared, consumer, &params](auto has_pending, int stage, int pending, uint64_t) {
+        fine_backward_kv_step<Kernel, has_pending>(state, shared, consumer, params.scale_log2, stage,
+                                                   pending);
+      },
+      [&state, &shared](int pending) { fine_backward_kv_finish(state, shared.ring, pending); });
+  if (consumer >= task.cubes) return;
+
+  int cube = task.cube(params.kv_grid, consumer);
+  CubeAddress address = task.address(params.kv_grid, cube);
+  uint64_t real = params.kv_grid.valid_slots(address.origin);
+  float share = 1.0f / __popcll(real);
+  int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.kv_grid.num_cubes() + cube;
+  auto pooled_row = [row](const float* pooled) { return pooled ? pooled + row * Kernel::kHeadDim : nullptr; };
+  scale_and_add_row(state.grad_key, params.scale, pooled_row(params.dk_pooled), share);
+  scale_and_add_row(state.grad_value, 1.0f, pooled_row(params.dv_pooled), share);
+  // Rows of pads: whatever they were computed from, NaN included.
+  if (params.block_sizes) real &= CubeGrid::ones(__ldg(params.block_sizes + cube));
+  fill_rows(state.grad_key, real, 0.0f);
+  fill_rows(state.grad_value, real, 0.0f);
+  named_barrier_sync(
+      1 + consumer,
+      kWarpgroupThreads);  // no warp's products still read K and V, which the gradients overwrite
+  store_gradient(state.grad_key, shared.first[consumer], consumer, maps.grad_key, params.grad_key, address);
+  store_gradient(state.grad_value, shared.second[consumer], consumer, maps.grad_value, params.grad_value,
+                 address);
+  store_wait<0>();
+}
+
+template <int kHeadDim, class T>
+VSA_DEVICE void fine_backward_kv(const FineBackwardKvMaps& maps, const FineBackwardParams& params) {
+  using Kernel = FineBackwardKv<kHeadDim, T>;
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+
+  if (threadIdx.x == 0) {
+    shared.ring.init();
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  FineBackwardTask task(params.kv_grid, params.heads);
+  int warpgroup = warpgroup_id();
+  if (warpgroup == Kernel::kConsumers) {
+    register_decrease<Kernel::kProducerRegisters>();
+    if (warp_in_warpgroup() == 0) fine_backward_kv_produce<Kernel>(shared, maps, params, task);
+  } else {
+    register_increase<Kernel::kConsumerRegisters>();
+    fine_backward_kv_consume<Kernel>(shared, maps, params, task, warpgroup);
+  }
+}
+
+}  // namespace vsa

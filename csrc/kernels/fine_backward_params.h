@@ -1,0 +1,44 @@
+#pragma once
+
+#include "kernels/block_list.h"
+#include "kernels/cube_grid.h"
+#include "kernels/shared_ring.h"
+
+namespace vsa {
+
+// Both passes. What is absent is null.
+struct FineBackwardParams {
+  CubeGrid q_grid, kv_grid;
+  CubeCoordinates query, key, value, grad_out;  // of the maps of the same names
+  CubeCoordinates grad_query, grad_key, grad_value;
+  BlockLists lists;  // key blocks of each query block
+  const int32_t*
+      q_offsets;  // [batch, heads, num_kv_blocks + 1]: rows of q_indices; null: all query blocks everywhere
+  const int32_t* q_indices;  // [batch, heads, q_indices_per_head]: query blocks of each key block
+  int64_t q_indices_per_head;
+  const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
+  const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64]
+  const float* dq_pooled;                      // [batch, heads, num_q_blocks, head_dim]
+  const float *dk_pooled, *dv_pooled;          // [batch, heads, num_kv_blocks, head_dim]
+  float scale, scale_log2;                     // scale_log2 = scale * log2(e)
+  int32_t heads;
+};
+
+// Two tiles that a consumer keeps, and a ring of pairs. One consumer warpgroup a cube.
+constexpr int kBackwardConsumers = 2;
+constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
+constexpr int kBackwardRowBytes = 2 * kCubeTokens * 4;  // LSE and delta of a query block
+constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 8; }
+
+constexpr int fine_backward_shared_bytes(int head_dim, int info_bytes) {
+  int tile = kCubeTokens * head_dim * kHalfBytes;
+  return 2 * kBackwardConsumers * tile + shared_ring_bytes(tile, fine_backward_stages(head_dim), info_bytes);
+}
+constexpr int fine_backward_kv_shared_bytes(int head_dim) {
+  return fine_backward_shared_bytes(head_dim, kStageInfoBytes + kBackwardRowBytes);
+}
+constexpr int fine_backward_q_shared_bytes(int head_dim) {
+  return fine_backward_shared_bytes(head_dim, kStageInfoBytes);
+}
+
+}  // namespace vsa

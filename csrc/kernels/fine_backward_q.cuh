@@ -1,0 +1,161 @@
+// Fine stage, backward, query side: dQ, written once.
+//
+// A CTA takes two query cubes, one consumer warpgroup each, which keeps Q and dO in registers. The producer
+// walks their merged lists and loads each K and V cube once. Per member tile:
+//
+//   tensor cores   | S(i+1) | dP(i+1) | dQ += dS(i) K(i) |
+//   consumer                | P(i+1) -- | dS(i+1) ------ | wait, release stage i
+#pragma once
+
+#include "kernels/fine_backward.cuh"
+
+namespace vsa {
+
+struct FineBackwardQMaps {
+  CUtensorMap query, key, value, grad_out, grad_query;
+};
+
+template <int kHeadDim, class T>
+struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
+  static_assert(sizeof(typename FineBackwardQ::Shared) == fine_backward_q_shared_bytes(kHeadDim));
+};
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
+                                        const FineBackwardParams& params, const FineBackwardTask& task) {
+  MergedList<Kernel::kConsumers> lists;
+#pragma unroll
+  for (int i = 0; i < Kernel::kConsumers; i++) {
+    bool exists = i < task.cubes;
+    int cube = task.cube(params.q_grid, exists ? i : 0);
+    lists.start(i, params.lists.list(task.batch, task.head, cube),
+                exists ? params.lists.count(task.batch, task.head, cube) : 0);
+    if (exists && elect_one()) {
+      load_resident(shared, i, maps.query, params.query, maps.grad_out, params.grad_out,
+                    task.address(params.q_grid, cube));
+    }
+    __syncwarp();
+  }
+  RingSource source{maps.key,       maps.value,         params.key, params.value,
+                    params.kv_grid, params.block_sizes, task.batch, task.head};
+  produce(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
+}
+
+// A consumer's registers through the loop.
+template <class Kernel>
+struct FineBackwardQState {
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> query, grad_out;
+  FloatTile<Kernel::kHeadDim> grad_query;
+  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;  // of the pending stage
+  RowVector lse_log2, delta;
+};
+
+template <class Kernel, bool kPending>
+VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Ring& ring,
+                                     float scale_log2, int stage, int pending, uint64_t valid) {
+  FloatTile<kCubeTokens> scores, grads;
+  mma_fence();
+  mma_ABt(scores, state.query, ring.first[stage], false);
+  mma_commit();
+  mma_ABt(grads, state.grad_out, ring.second[stage], false);
+  mma_commit();
+  if constexpr (kPending) {
+    mma_AB(state.grad_query, state.grad_scores, ring.first[pending], true);
+    mma_commit();
+    mma_wait<2>(scores);
+  } else {
+    mma_wait<1>(scores);
+  }
+#pragma unroll
+  for (int i = 0; i < scores.kRegisters; i++) {
+    scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, -state.lse_log2.data[(i / 2) % 2]));
+  }
+  settle(scores, scale_log2);
+  mma_wait<kPending ? 1 : 0>(grads);
+#pragma unroll
+  for (int i = 0; i < grads.kRegisters; i++) {
+    grads.data[i] = scores.data[i] * (grads.data[i] - state.delta.data[(i / 2) % 2]);
+  }
+  if (valid != ~uint64_t(0)) fill_masked(grads, valid, 0.0f);
+  if constexpr (kPending) {
+    settle(grads, scale_log2);
+    mma_wait<0>(state.grad_query, state.grad_scores);
+    ring.release(pending);
+  }
+  convert(state.grad_scores, grads);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_q_finish(FineBackwardQState<Kernel>& state, typename Kernel::Ring& ring,
+                                       int pending) {
+  mma_fence();
+  mma_AB(state.grad_query, state.grad_scores, ring.first[pending], true);
+  mma_commit();
+  mma_wait<0>(state.grad_query, state.grad_scores);
+  ring.release(pending);
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
+                                        const FineBackwardParams& params, const FineBackwardTask& task,
+                                        int consumer) {
+  bool exists = consumer < task.cubes;
+  int cube = exists ? task.cube(params.q_grid, consumer) : 0;
+  int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.q_grid.num_cubes() + cube;
+  FineBackwardQState<Kernel> state;
+  zero(state.grad_query);
+  if (exists) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      state.lse_log2.data[half] = kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
+      state.delta.data[half] = __ldg(params.delta + row * kCubeTokens + tile_row(half));
+    }
+    shared.ring.full[0].wait(0);
+    load(state.query, shared.first[consumer]);
+    load(state.grad_out, shared.second[consumer]);
+  }
+  walk_ring(
+      shared.ring, consumer,
+      [&state, &shared, &params](auto has_pending, int stage, int pending, uint64_t valid) {
+        fine_backward_q_step<Kernel, has_pending>(state, shared.ring, params.scale_log2, stage, pending,
+                                                  valid);
+      },
+      [&state, &shared](int pending) { fine_backward_q_finish(state, shared.ring, pending); });
+  if (!exists) return;
+
+  CubeAddress address = task.address(params.q_grid, cube);
+  uint64_t real = params.q_grid.valid_slots(address.origin);
+  const float* pooled = params.dq_pooled ? params.dq_pooled + row * Kernel::kHeadDim : nullptr;
+  scale_and_add_row(state.grad_query, params.scale, pooled, 1.0f / __popcll(real));
+  // Rows of pads: whatever they were computed from, NaN included.
+  if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + cube));
+  fill_rows(state.grad_query, real, 0.0f);
+  store_gradient(state.grad_query, shared.first[consumer], consumer, maps.grad_query, params.grad_query,
+                 address);
+  store_wait<0>();
+}
+
+template <int kHeadDim, class T>
+VSA_DEVICE void fine_backward_q(const FineBackwardQMaps& maps, const FineBackwardParams& params) {
+  using Kernel = FineBackwardQ<kHeadDim, T>;
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+
+  if (threadIdx.x == 0) {
+    shared.ring.init();
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  FineBackwardTask task(params.q_grid, params.heads);
+  int warpgroup = warpgroup_id();
+  if (warpgroup == Kernel::kConsumers) {
+    register_decrease<Kernel::kProducerRegisters>();
+    if (warp_in_warpgroup() == 0) fine_backward_q_produce<Kernel>(shared, maps, params, task);
+  } else {
+    register_increase<Kernel::kConsumerRegisters>();
+    fine_backward_q_consume<Kernel>(shared, maps, params, task, warpgroup);
+  }
+}
+
+}  // namespace vsa

@@ -1,0 +1,403 @@
+// Selection (VSA, section 2.2): for each query cube the topk key cubes with the largest coarse scores
+// S = query_pooled key_pooled^T * scale (fp32), as an ascending list. Equal scores go to the lower index; -0
+// equals +0; NaN is above +inf, and all NaNs are equal. So exactly topk distinct cubes come out, the same in
+// every run.
+//
+// Radix select, and S is never in memory: every pass makes it again on the tensor cores. A pass counts, for
+// each row, the next 8 bits of the keys that share the prefix found so far, and then finds the bin in which
+// the topk-th key lies; when in every row all keys of that bin are wanted, or after 32 bits, a last pass
+// writes the indices. Of the two warpgroups that share 64 rows, one takes the lower half of the keys upwards
+// and fills a row's list from its front, the other takes the upper half downwards and fills it from its back:
+// neither needs the other's count.
+//
+//   producer warp   keys of pass 0 .. (half 0, half 1, half 0, ...) | pass 1 .. | ...             (ring, runs
+//   ahead) warpgroups      scores, count | barrier | find bin, clear bins | barrier | scores, count ...  |
+//   scores, write
+#pragma once
+
+#include "kernels/cube_tile.cuh"
+#include "kernels/select_params.h"
+#include "tiles/wgmma.cuh"
+
+namespace vsa {
+
+struct SelectMaps {
+  CUtensorMap query, key;
+};
+
+// What is known of a row's topk-th key: its leading bits, of the keys with these bits how many there are, and
+// how many of them, from the largest, are wanted.
+struct SelectRow {
+  uint32_t prefix;  // of the key with its sign bit flipped, which orders keys as unsigned numbers
+  int32_t candidates, wanted;
+};
+
+template <int kRowGroups_, int kHeadDim_, class T_>
+struct Select {
+  using T = T_;
+  static constexpr int kRowGroups = kRowGroups_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kRowGroups * kCubeTokens;
+  static constexpr int kStages = select_stages(kHeadDim);
+  static constexpr int kConsumerThreads = kRowGroups * kSelectKeyHalves * kWarpgroupThreads;
+
+  using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
+  using Bins = uint32_t[kSelectBins];
+  struct Shared {
+    union {
+      Tile query[kRowGroups];  // until it is in registers
+      Bins bins[kRows];        // bin b of row r lies at b ^ bin_swizzle(r)
+    };
+    Tile keys[kStages];
+    SelectRow rows[kRows];
+    uint32_t undecided[kSelectPasses];  // not 0: after this pass, some row has more candidates than wanted
+    Barrier query_full;
+    Barrier
+        decided[kSelectPasses];  // undecided is final; one each, as the producer may look after the next pass
+    Barrier full[kStages], empty[kStages];
+  };
+  static_assert(sizeof(Shared) == select_shared_bytes(kRowGroups, kHeadDim));
+};
+
+// The rows of one CTA and the walk over their keys.
+struct SelectTask {
+  int batch, head, first_row, rows, tiles;
+
+  // Tile number `step` of a pass: even steps go up from the first tile, odd ones down from the last.
+  VSA_DEVICE int tile(int step) const { return step % 2 == 0 ? step / 2 : tiles - 1 - step / 2; }
+};
+
+template <class Kernel>
+VSA_DEVICE SelectTask select_task(const SelectParams& params) {
+  int blocks = ceil_div(params.num_cubes, Kernel::kRows);
+  int block = blockIdx.x % blocks, head = blockIdx.x / blocks;
+  int first = block * Kernel::kRows;
+  return {head / params.heads, head % params.heads, first, min(Kernel::kRows, params.num_cubes - first),
+          int(ceil_div(params.num_cubes, kCubeTokens))};
+}
+
+template <class Kernel>
+VSA_DEVICE RingPosition<Kernel::kStages> select_position(int step) {
+  return {step % Kernel::kStages, uint32_t(step / Kernel::kStages) & 1};
+}
+
+// Whether the pass after counting pass `pass` is the last one.
+template <class Kernel>
+VSA_DEVICE bool select_finished(const typename Kernel::Shared& shared, int pass) {
+  return pass == kSelectPasses - 1 || shared.undecided[pass] == 0;
+}
+
+// One thread. Loads of a pass start before the pass is known to be needed: a counting pass always has a
+// successor.
+template <class Kernel>
+VSA_DEVICE void select_produce(typename Kernel::Shared& shared, const SelectMaps& maps,
+                               const SelectParams& params, const SelectTask& task) {
+  shared.query_full.arrive_expect(sizeof(shared.query));
+#pragma unroll
+  for (int i = 0; i < Kernel::kRowGroups; i++) {
+    // Rows beyond the last cube arrive as zeros.
+    load_cube(shared.query[i], maps.query, params.query,
+              {task.batch, task.head, {0, 0, task.first_row + i * kCubeTokens}}, shared.query_full);
+  }
+  for (int pass = 0;; pass++) {
+    for (int step = 0; step < task.tiles; step++) {
+      RingPosition<Kernel::kStages> at = select_position<Kernel>(pass * task.tiles + step);
+      shared.empty[at.stage].wait(at.phase ^ 1);
+      shared.full[at.stage].arrive_expect(sizeof(shared.keys[0]));
+      load_cube(shared.keys[at.stage], maps.key, params.key,
+                {task.batch, task.head, {0, 0, task.tile(step) * kCubeTokens}}, shared.full[at.stage]);
+    }
+    if (pass == 0) continue;
+    shared.decided[pass - 1].wait(0);
+    if (select_finished<Kernel>(shared, pass - 1)) return;
+  }
+}
+
+// The order of scores as an order of integers. The NaN that arithmetic gives is 0x7fffffff, which comes out
+// largest; -inf gives -0x7f800000, so that kSelectNoKey is below every score.
+constexpr int32_t kSelectNoKey = int32_t(0x80000000);
+
+VSA_DEVICE int32_t select_key(float score) {
+  int32_t bits = __float_as_int(score);
+  int32_t sign = bits >> 31;
+  return ((bits & 0x7fffffff) ^ sign) - sign;
+}
+
+// Spreads equal bins of the 8 rows that a warp counts at once over all banks.
+VSA_DEVICE uint32_t select_bin_swizzle(int row) { return row % 8 * 4; }
+
+// What a consumer warpgroup holds through all passes.
+template <class Kernel>
+struct SelectConsumer {
+  typename Kernel::Shared& shared;
+  const SelectParams& params;
+  const SelectTask& task;
+  int row_group, key_half;
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> query;
+
+  // Row in the CTA.
+  VSA_DEVICE int row(int half) const { return row_group * kCubeTokens + tile_row(half); }
+};
+
+// Calls visit(first_column, keys) for each tile of this warpgroup's key half; keys lie as the scores do in a
+// FloatTile, kSelectNoKey in columns beyond the last cube.
+template <class Kernel, class Visit>
+VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, int pass, Visit visit) {
+  for (int step = self.key_half; step < self.task.tiles; step += kSelectKeyHalves) {
+    RingPosition<Kernel::kStages> at = select_position<Kernel>(pass * self.task.tiles + step);
+    self.shared.full[at.stage].wait(at.phase);
+    FloatTile<kCubeTokens> scores;
+    mma_fence();
+    mma_ABt(scores, self.query, self.shared.keys[at.stage], false);
+    mma_commit();
+    mma_wait<0>(scores);
+    __syncwarp();
+    if (elect_one()) self.shared.empty[at.stage].arrive();
+
+    int32_t keys[scores.kRegisters];
+#pragma unroll
+    for (int i = 0; i < scores.kRegisters; i++) keys[i] = select_key(scores.data[i] * self.params.scale);
+    int first_column = self.task.tile(step) * kCubeTokens;
+    int columns = self.params.num_cubes - first_column;
+    if (columns < kCubeTokens) {
+#pragma unroll
+      for (int i = 0; i < scores.kRegisters; i++) {
+        if (tile_column() + i / 4 * 8 + i % 2 >= columns) keys[i] = kSelectNoKey;
+      }
+    }
+    visit(first_column, keys);
+  }
+}
+
+// Counts the 8 bits from `shift` up of the keys that agree with their row's prefix above.
+template <class Kernel>
+VSA_DEVICE void select_count(SelectConsumer<Kernel>& self, int pass, int shift) {
+  uint32_t* bins[2];
+  uint32_t flip[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = self.row(half);
+    bins[half] = self.shared.bins[row];
+    flip[half] = self.shared.rows[row].prefix ^ uint32_t(kSelectNoKey) ^ select_bin_swizzle(row) << shift;
+  }
+  select_sweep(self, pass, [&bins, &flip, shift](int, const int32_t (&keys)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      uint32_t bin = (keys[i] ^ flip[i / 2 % 2]) >> shift;
+      if (bin < kSelectBins) atomicAdd(bins[i / 2 % 2] + bin, 1u);
+    }
+  });
+}
+
+// Each lane of a quad has one of four counts, the lane's number their order. Finds the last one such that it
+// and those after it make up `wanted`, and takes those after it from `wanted`.
+VSA_DEVICE int select_descend(uint32_t count, int32_t& wanted) {
+  int found = 3;
+  bool searching = true;
+#pragma unroll
+  for (int lane = 3; lane > 0; lane--) {
+    int32_t here = __shfl_sync(0xffffffffu, count, lane, 4);
+    searching = searching && wanted > here;
+    if (searching) {
+      wanted -= here;
+      found--;
+    }
+  }
+  return found;
+}
+
+// A quad finds the bin of its row's topk-th key: a descent over 4 x 4 x 4 x 4 bins. Leaves the bins cleared.
+VSA_DEVICE SelectRow select_find_bin(uint32_t (&bins)[kSelectBins], int row, SelectRow state, int shift) {
+  auto* chunks = reinterpret_cast<uint4*>(bins);  // of 4 bins; chunk c lies at c ^ swizzle
+  int lane = lane_id() % 4, swizzle = select_bin_swizzle(row) / 4;
+  auto sum = [](uint4 chunk) { return chunk.x + chunk.y + chunk.z + chunk.w; };
+
+  // The whole quarter in any order: one in which the 8 lanes of two rows meet in no bank.
+  int spread = 2 * lane + row % 2;
+  uint32_t count = 0;
+#pragma unroll
+  for (int i = 0; i < 16; i++) count += sum(chunks[16 * lane + (i ^ spread)]);
+  int first = 16 * select_descend(count, state.wanted);
+
+  count = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) count += sum(chunks[(first + 4 * lane + i) ^ swizzle]);
+  first += 4 * select_descend(count, state.wanted);
+
+  first += select_descend(sum(chunks[(first + lane) ^ swizzle]), state.wanted);
+
+  count = bins[(4 * first + lane) ^ 4 * swizzle];
+  int bin = select_descend(count, state.wanted);
+  state.candidates = __shfl_sync(0xffffffffu, count, bin, 4);
+  state.prefix |= uint32_t(4 * first + bin) << shift;
+
+#pragma unroll
+  for (int i = 0; i < 16; i++) chunks[16 * lane + (i ^ spread)] = uint4{0, 0, 0, 0};
+  return state;
+}
+
+// The `count` lowest bits of `mask`.
+VSA_DEVICE uint64_t select_lowest(uint64_t mask, int count) {
+#pragma unroll 1
+  for (int extra = __popcll(mask) - count; extra > 0; extra--) mask ^= uint64_t(1) << (63 - __clzll(mask));
+  return mask;
+}
+
+// A row's list as one warpgroup fills it: upwards from the front, or downwards from the back. Every lane of
+// the quad has the same values.
+struct SelectList {
+  int32_t position;  // of the next entry; downwards, one past it
+  int32_t ties;      // candidates still to take; downwards, still to leave out
+};
+
+// The columns to take of a tile: all `above`, and of the candidates as many as are wanted, lowest column
+// first.
+template <bool kDown>
+VSA_DEVICE uint64_t select_choose(SelectList& list, uint64_t above, uint64_t candidates, int& start) {
+  int count = __popcll(candidates);
+  int settled = min(count, list.ties);
+  list.ties -= settled;
+  uint64_t chosen = above | select_lowest(candidates, kDown ? count - settled : settled);
+  int taken = __popcll(chosen);
+  if (kDown) list.position -= taken;
+  start = list.position;
+  if (!kDown) list.position += taken;
+  return chosen;
+}
+
+// The last pass; the candidates of a row have its prefix above `shift`.
+template <class Kernel, bool kDown>
+VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass, int shift) {
+  const SelectParams& params = self.params;
+  SelectList lists[2];
+  int32_t lowest[2];
+  int32_t rows_left = self.task.rows - self.row(0);
+  int64_t first_row =
+      (int64_t(self.task.batch) * params.heads + self.task.head) * params.num_cubes + self.task.first_row;
+  int32_t* indices = params.indices + (first_row + self.row(0)) * params.topk;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    SelectRow state = self.shared.rows[self.row(half)];
+    lists[half] =
+        kDown ? SelectList{params.topk, state.candidates - state.wanted} : SelectList{0, state.wanted};
+    lowest[half] = int32_t(state.prefix ^ uint32_t(kSelectNoKey));
+  }
+  auto visit = [&lists, &lowest, &params, rows_left, indices, shift](int first_column,
+                                                                     const int32_t (&keys)[32]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int32_t highest = lowest[half] | ((1 << shift) - 1);
+      uint32_t above[2] = {0, 0}, at_least[2] = {0, 0};  // bit a column, 32 in each
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        int32_t key = keys[i / 2 * 4 + 2 * half + i % 2];
+        uint32_t bit = 1u << (i / 2 % 4 * 8 + i % 2);
+        if (key > highest) above[i / 8] |= bit;
+        if (key >= lowest[half]) at_least[i / 8] |= bit;
+      }
+#pragma unroll
+      for (int word = 0; word < 2; word++) {
+        above[word] = quad_or(above[word] << tile_column());
+        at_least[word] = quad_or(at_least[word] << tile_column());
+      }
+      uint64_t above_bits = above[0] | uint64_t(above[1]) << 32;
+      uint64_t candidates = (at_least[0] | uint64_t(at_least[1]) << 32) & ~above_bits;
+      int start;
+      uint64_t chosen = select_choose<kDown>(lists[half], above_bits, candidates, start);
+      uint64_t mine = 8 * half < rows_left ? chosen & 0x0303030303030303u << tile_column() : 0;
+      int32_t* list = indices + int64_t(8 * half) * params.topk + start;
+      while (mine) {
+        int column = __ffsll(mine) - 1;
+        mine &= mine - 1;
+        list[__popcll(chosen & ((uint64_t(1) << column) - 1))] = first_column + column;
+      }
+    }
+  };
+  select_sweep(self, pass, visit);
+}
+
+template <class Kernel>
+VSA_DEVICE void select_consume(SelectConsumer<Kernel>& self) {
+  typename Kernel::Shared& shared = self.shared;
+  constexpr int kThreads = Kernel::kConsumerThreads;
+  constexpr int kBarrier = 1;
+
+  shared.query_full.wait(0);
+  load(self.query, shared.query[self.row_group]);
+  named_barrier_sync(kBarrier, kThreads);  // the queries are read: their place becomes the bins
+  auto* chunks = reinterpret_cast<uint4*>(shared.bins);
+  for (int i = threadIdx.x; i < int(sizeof(shared.bins) / sizeof(uint4)); i += kThreads)
+    chunks[i] = uint4{0, 0, 0, 0};
+  for (int i = threadIdx.x; i < Kernel::kRows; i += kThreads) {
+    shared.rows[i] = SelectRow{0, self.params.num_cubes, self.params.topk};
+  }
+  named_barrier_sync(kBarrier, kThreads);
+
+  int pass = 0, shift;
+  do {
+    shift = 32 - 8 * (pass + 1);
+    select_count(self, pass, shift);
+    named_barrier_sync(kBarrier, kThreads);  // all keys are counted
+
+    int row = self.row(self.key_half);
+    SelectRow state = select_find_bin(shared.bins[row], row, shared.rows[row], shift);
+    __syncwarp();  // the quad has read the row
+    if (lane_id() % 4 == 0) shared.rows[row] = state;
+    bool undecided = row < self.task.rows && state.candidates > state.wanted;
+    if (__any_sync(0xffffffffu, undecided) && elect_one()) atomicOr(&shared.undecided[pass], 1u);
+    named_barrier_sync(kBarrier, kThreads);  // rows, undecided and the cleared bins are there for all
+    if (threadIdx.x == 0) shared.decided[pass].arrive();
+  } while (!select_finished<Kernel>(shared, pass++));
+
+  if (self.key_half == 0) {
+    select_write<Kernel, false>(self, pass, shift);
+  } else {
+    select_write<Kernel, true>(self, pass, shift);
+  }
+}
+
+// Every cube is selected: no scores.
+template <class Kernel>
+VSA_DEVICE void select_all(const SelectParams& params, int64_t first_row, int rows) {
+  for (int row = warp_id(); row < rows; row += blockDim.x / kWarpThreads) {
+    int32_t* indices = params.indices + (first_row + row) * params.topk;
+    for (int i = lane_id(); i < params.topk; i += kWarpThreads) indices[i] = i;
+  }
+}
+
+template <int kRowGroups, int kHeadDim, class T>
+VSA_DEVICE void select(const SelectMaps& maps, const SelectParams& params) {
+  using Kernel = Select<kRowGroups, kHeadDim, T>;
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+
+  SelectTask task = select_task<Kernel>(params);
+  int64_t first_row = (int64_t(task.batch) * params.heads + task.head) * params.num_cubes + task.first_row;
+  for (int i = threadIdx.x; i < task.rows; i += blockDim.x) params.counts[first_row + i] = params.topk;
+  if (params.topk == params.num_cubes) return select_all<Kernel>(params, first_row, task.rows);
+
+  if (threadIdx.x == 0) {
+    shared.query_full.init(1);
+    for (int i = 0; i < Kernel::kStages; i++) {
+      shared.full[i].init(1);
+      shared.empty[i].init(kRowGroups * kWarpgroupThreads / kWarpThreads);
+    }
+    for (int i = 0; i < kSelectPasses; i++) {
+      shared.decided[i].init(1);
+      shared.undecided[i] = 0;
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  int warpgroup = warpgroup_id();
+  if (warpgroup < kRowGroups * kSelectKeyHalves) {
+    SelectConsumer<Kernel> consumer{
+        shared, params, task, warpgroup / kSelectKeyHalves, warpgroup % kSelectKeyHalves, {}};
+    select_consume(consumer);
+  } else if (elect_one()) {
+    select_produce<Kernel>(shared, maps, params, task);
+  }
+}
+
+}  // namespace vsa

@@ -1,0 +1,39 @@
+#pragma once
+
+#include "kernels/cube_grid.h"
+
+namespace vsa {
+
+struct SelectParams {
+  CubeCoordinates query, key;  // of the maps of the same names
+  int32_t* counts;             // [batch, heads, num_cubes]
+  int32_t* indices;            // [batch, heads, num_cubes, topk]
+  int32_t heads, num_cubes, topk;
+  float scale;
+};
+
+// Scores are ordered as 32-bit keys, 8 bits a pass.
+constexpr int kSelectPasses = 4;
+constexpr int kSelectBins = 256;
+constexpr int kSelectRowStateBytes = 12;
+
+// More CTAs of one row group than this would share SMs: of an H100 or H200.
+constexpr int kSelectCtasOfOneRowGroup = 132;
+
+// Two warpgroups, one for each half of the keys, to a group of 64 query rows; and a producer warp.
+constexpr int kSelectKeyHalves = 2;
+constexpr int select_threads(int row_groups) { return row_groups * kSelectKeyHalves * 128 + 32; }
+
+// As many as let two CTAs with one row group run on an SM at head_dim 128.
+constexpr int select_stages(int head_dim) { return head_dim == 128 ? 3 : 4; }
+
+constexpr int select_shared_bytes(int row_groups, int head_dim) {
+  int rows = row_groups * kCubeTokens;
+  int barriers = 1 + kSelectPasses + 2 * select_stages(head_dim);
+  return round_up(rows * (kSelectBins * 4 + kSelectRowStateBytes) +
+                      select_stages(head_dim) * kCubeTokens * head_dim * kHalfBytes + kSelectPasses * 4 +
+                      barriers * kBarrierBytes,
+                  kTileAlignment);
+}
+
+}  // namespace vsa

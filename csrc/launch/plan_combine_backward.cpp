@@ -1,0 +1,78 @@
+#include "launch/plan_combine_backward.h"
+
+#include "kernels/combine_backward_params.h"
+#include "launch/check.h"
+
+namespace vsa {
+
+namespace {
+
+constexpr int kVectorElements = 8;  // of 16 bits in 16 bytes
+
+TokenRows make_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
+  check_argument(tensor.tokens == grid.num_tokens(), argument, ": got ", tensor.tokens, " tokens, expected ",
+                 grid.num_tokens(), " = T * H * W");
+  check_argument(tensor.address != 0 && tensor.address % 16 == 0, argument,
+                 ": got an address that is null or not 16-byte aligned; copy the tensor");
+  TokenRows rows{pointer<const void>(tensor.address), {}};
+  const int64_t lengths[3] = {tensor.batch, tensor.tokens, tensor.heads};
+  for (int i = 0; i < 3; i++) {
+    int64_t stride = lengths[i] > 1 ? tensor.strides[i] : 0;
+    check_argument(stride % kVectorElements == 0, argument, ": got a stride of ", stride,
+                   " elements, expected a multiple of 8 (16 bytes); make the tensor contiguous");
+    rows.strides[i] = stride;
+  }
+  return rows;
+}
+
+bool has_vector_rows(const Gate& gate) {
+  bool aligned = reinterpret_cast<uintptr_t>(gate.values) % 16 == 0 && gate.strides[3] == 1;
+  for (int i = 0; i < 3; i++) aligned = aligned && gate.strides[i] % kVectorElements == 0;
+  return aligned;
+}
+
+}  // namespace
+
+LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
+  const TokenTensor& grad_out = arguments.grad_out;
+  check_same_heads(arguments.out_fine, grad_out, "out_fine");
+  check_argument(arguments.delta != 0, "delta: got a null pointer, expected device memory");
+  check_argument(arguments.coarse % 16 == 0,
+                 "coarse: got an address that is not 16-byte aligned; copy the tensor");
+
+  CombineBackwardParams params{};
+  params.grid = arguments.grid;
+  params.grad_out = make_rows(grad_out, arguments.grid, "grad_out");
+  params.out_fine = make_rows(arguments.out_fine, arguments.grid, "out_fine");
+  params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
+  params.grad_lse = pointer<const float>(arguments.grad_lse.address);
+  if (params.grad_lse) {
+    check_argument(arguments.grad_lse.strides.size() == 4, "grad_lse: got ",
+                   arguments.grad_lse.strides.size(),
+                   " dimensions, expected [batch, heads, num_q_blocks, 64]");
+    for (int i = 0; i < 4; i++) params.grad_lse_strides[i] = arguments.grad_lse.strides[i];
+  }
+  params.coarse = pointer<const void>(arguments.coarse);
+  params.gate_fine = arguments.gate_fine;
+  params.gate_coarse = arguments.gate_coarse;
+  params.vector_gate_fine = has_vector_rows(params.gate_fine);
+  params.vector_gate_coarse = has_vector_rows(params.gate_coarse);
+  params.grad_fine = pointer<void>(arguments.grad_fine);
+  params.delta = pointer<float>(arguments.delta);
+  params.grad_coarse = pointer<float>(arguments.grad_coarse);
+  params.grad_gate_fine = pointer<void>(arguments.grad_gate_fine);
+  params.grad_gate_coarse = pointer<void>(arguments.grad_gate_coarse);
+  params.scalar_fine = pointer<float>(arguments.scalar_fine);
+  params.scalar_coarse = pointer<float>(arguments.scalar_coarse);
+  params.heads = int32_t(grad_out.heads);
+
+  LaunchPlan plan;
+  plan.kernel = kernel_name("combine_backward", grad_out.head_dim, grad_out.type);
+  plan.set_params(params);
+  plan.grid[0] =
+      checked_grid(int64_t(arguments.grid.num_cubes()) * grad_out.heads * grad_out.batch, "combine_backward");
+  plan.block[0] = combine_threads(grad_out.head_dim);
+  return plan;
+}
+
+}  // namespace vsa

@@ -1,0 +1,103 @@
+#include "launch/plan_fine_backward.h"
+
+#include <cmath>
+
+#include "kernels/fine_backward_params.h"
+#include "launch/check.h"
+
+namespace vsa {
+
+namespace {
+
+// What both passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out,
+// gradients.
+FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel) {
+  const TokenTensor& query = arguments.query;
+  check_same_heads(arguments.key, query, "key");
+  check_same_heads(arguments.value, query, "value");
+  check_same_heads(arguments.grad_out, query, "grad_fine");
+  check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
+  check_argument(arguments.delta != 0, "delta: got a null pointer, expected device memory");
+  // Bulk copies of 256-byte rows.
+  check_argument(arguments.lse % 16 == 0 && arguments.delta % 16 == 0,
+                 "lse, delta: got an address that is not 16-byte aligned; copy the tensor");
+  check_argument(std::isfinite(arguments.scale), "scale: got ", arguments.scale,
+                 ", expected a finite number");
+
+  plan.kernel = kernel_name(kernel, query.head_dim, query.type);
+  plan.block[0] = kBackwardThreads;
+  FineBackwardParams params{};
+  params.q_grid = arguments.q_grid;
+  params.kv_grid = arguments.kv_grid;
+  params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
+  params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
+  params.lse = pointer<const float>(arguments.lse);
+  params.delta = pointer<const float>(arguments.delta);
+  constexpr double kLog2OfE = 1.4426950408889634;
+  params.scale = float(arguments.scale);
+  params.scale_log2 = float(arguments.scale * kLog2OfE);
+  params.heads = int32_t(query.heads);
+  return params;
+}
+
+CubeCoordinates add_map(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
+                        const char* argument) {
+  CubeMap map = make_cube_map(tensor, grid, argument);
+  plan.maps.push_back(map.map);
+  return map.coordinates;
+}
+
+void add_inputs(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments) {
+  params.query = add_map(plan, arguments.query, arguments.q_grid, "query");
+  params.key = add_map(plan, arguments.key, arguments.kv_grid, "key");
+  params.value = add_map(plan, arguments.value, arguments.kv_grid, "value");
+  params.grad_out = add_map(plan, arguments.grad_out, arguments.q_grid, "grad_fine");
+}
+
+CubeCoordinates add_gradient(LaunchPlan& plan, const TokenTensor& gradient, const TokenTensor& of,
+                             const CubeGrid& grid, const char* argument) {
+  check_same_heads(gradient, of, argument);
+  return add_map(plan, gradient, grid, argument);
+}
+
+uint32_t ctas(const FineBackwardArguments& arguments, const CubeGrid& grid, const char* kernel) {
+  int64_t groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
+  return checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel);
+}
+
+}  // namespace
+
+LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
+  LaunchPlan plan;
+  FineBackwardParams params = start(plan, arguments, "fine_backward_kv");
+  check_argument(
+      (arguments.q_offsets == 0) == (arguments.q_indices == 0),
+      "q_offsets, q_indices: got one of the two, expected both, or neither for all pairs of blocks");
+  add_inputs(plan, params, arguments);
+  params.grad_key = add_gradient(plan, arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
+  params.grad_value = add_gradient(plan, arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
+  params.q_offsets = pointer<const int32_t>(arguments.q_offsets);
+  params.q_indices = pointer<const int32_t>(arguments.q_indices);
+  params.q_indices_per_head = arguments.q_indices_per_head;
+  params.dk_pooled = pointer<const float>(arguments.dk_pooled);
+  params.dv_pooled = pointer<const float>(arguments.dv_pooled);
+  plan.set_params(params);
+  plan.grid[0] = ctas(arguments, arguments.kv_grid, "fine_backward_kv");
+  plan.shared_bytes = fine_backward_kv_shared_bytes(arguments.query.head_dim);
+  return plan;
+}
+
+LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
+  LaunchPlan plan;
+  FineBackwardParams params = start(plan, arguments, "fine_backward_q");
+  add_inputs(plan, params, arguments);
+  params.grad_query = add_gradient(plan, arguments.grad_query, arguments.query, arguments.q_grid, "dq");
+  params.lists = arguments.lists;
+  params.dq_pooled = pointer<const float>(arguments.dq_pooled);
+  plan.set_params(params);
+  plan.grid[0] = ctas(arguments, arguments.q_grid, "fine_backward_q");
+  plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);
+  return plan;
+}
+
+}  // namespace vsa

@@ -1,0 +1,27 @@
+#pragma once
+
+#include "kernels/block_list.h"
+#include "launch/plan.h"
+
+namespace vsa {
+
+// Of both passes; each uses what it needs. Addresses: 0 where absent.
+struct FineBackwardArguments {
+  TokenTensor query, key, value, grad_out;
+  TokenTensor grad_query, grad_key, grad_value;
+  CubeGrid q_grid, kv_grid;
+  BlockLists lists;  // key blocks of each query block
+  // int32 [batch, heads, num_kv_blocks + 1], [batch, heads, q_indices_per_head]; absent with `lists`: all
+  // pairs
+  uint64_t q_offsets = 0, q_indices = 0;
+  int64_t q_indices_per_head = 0;
+  uint64_t block_sizes = 0, q_block_sizes = 0;           // int32 [blocks]
+  uint64_t lse = 0, delta = 0;                           // fp32 [batch, heads, num_q_blocks, 64] packed
+  uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;  // fp32 [batch, heads, blocks, head_dim] packed
+  double scale = 1.0;
+};
+
+LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments);
+LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments);
+
+}  // namespace vsa

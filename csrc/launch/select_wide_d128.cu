@@ -1,0 +1,17 @@
+#include "kernels/select.cuh"
+
+namespace vsa {
+
+extern "C" __global__ void __launch_bounds__(select_threads(2), 1)
+    select_wide_d128_bf16(const __grid_constant__ SelectMaps maps,
+                          const __grid_constant__ SelectParams params) {
+  select<2, 128, bf16>(maps, params);
+}
+
+extern "C" __global__ void __launch_bounds__(select_threads(2), 1)
+    select_wide_d128_fp16(const __grid_constant__ SelectMaps maps,
+                          const __grid_constant__ SelectParams params) {
+  select<2, 128, fp16>(maps, params);
+}
+
+}  // namespace vsa
