@@ -45,7 +45,7 @@ LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const 
                         const CubeGrid& q_grid, const CubeGrid& kv_grid, const CubeGrid& coarse_grid,
                         const StridedTensor& kv_num_blocks, const StridedTensor& kv_indices,
                         uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t coarse,
-                        const Gate& gate_fine, const Gate& gate_coarse, double scale) {
+                        const Gate& gate_fine, const Gate& gate_coarse, double scale, int num_sms) {
   FineForwardArguments arguments{query,          key,    value,   out,        out_fine,
                                  store_out_fine, q_grid, kv_grid, coarse_grid};
   arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
@@ -56,6 +56,7 @@ LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const 
   arguments.gate_fine = gate_fine;
   arguments.gate_coarse = gate_coarse;
   arguments.scale = scale;
+  arguments.num_sms = num_sms;
   return plan_fine_forward(arguments);
 }
 
@@ -171,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a,
         "out_fine"_a, "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "coarse_grid"_a, "kv_num_blocks"_a,
         "kv_indices"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
-        "gate_coarse"_a, "scale"_a);
+        "gate_coarse"_a, "scale"_a, "num_sms"_a);
 
   m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
   m.def("plan_select", &plan_select, py::kw_only(), "query"_a, "key"_a, "topk"_a, "scale"_a, "counts"_a,

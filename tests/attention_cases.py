@@ -95,7 +95,7 @@ class Case:
         return (
             self.query, self.key, self.value, self.kv_num_blocks, self.kv_indices, self.block_sizes,
             self.q_block_sizes, None, None, None, 1.0, 0.0, self.q_shape, self.kv_shape, self.cube,
-            self.kv_cube, self.scale,
+            self.kv_cube, self.scale, True,
         )  # fmt: skip
 
     def reference(self):

@@ -194,7 +194,7 @@ def test_backward_fills_no_tensor_with_zeros(seed):
 
 def test_only_out_is_differentiable(seed):
     inputs = random_tokens(3, TOKENS, requires_grad=True)
-    constants = (None, None, 1.0, 1.0, True, SHAPE, (4, 4, 4), 2, 0.125, False)
+    constants = (None, None, 1.0, 1.0, True, SHAPE, (4, 4, 4), 2, 0.125, False, True)
     results = VideoSparse.apply(*inputs, *constants)
     assert [x.requires_grad for x in results] == [True] + [False] * (len(results) - 1)
 

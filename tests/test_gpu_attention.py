@@ -1,4 +1,4 @@
-"""block_sparse_attention on the GPU: output, LSE and gradients against the reference over generated shapes."""
+"""block_sparse_attention on the GPU: output, LSE and gradients against the reference."""
 
 import math
 

@@ -22,7 +22,7 @@ def coarse_arguments(dtype, with_output=True, topk=2):
 def coarse_backward_arguments(dtype):
     arguments = coarse_arguments(dtype)
     query_pooled, key_pooled, value_pooled, out, lse, *_ = ops.coarse_forward(*arguments)
-    grad = torch.randn(out.shape, dtype=lse.dtype)
+    grad = torch.randn_like(out)
     return grad, query_pooled, key_pooled, value_pooled, out, lse, SCALE
 
 
@@ -58,6 +58,7 @@ def fine_arguments(dtype, gate="none", coarse=True, sizes=False):
         coarse,
         *gates(gate, query),
         *shapes,
+        True,
     )
 
 

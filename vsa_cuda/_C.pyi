@@ -101,6 +101,7 @@ def plan_fine_forward(
     gate_fine: Gate,
     gate_coarse: Gate,
     scale: float,
+    num_sms: int,
 ) -> LaunchPlan: ...
 def plan_pool(*, inputs: Sequence[TokenTensor], grid: CubeGrid, outputs: Sequence[int]) -> LaunchPlan: ...
 def plan_select(

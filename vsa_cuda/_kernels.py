@@ -101,17 +101,17 @@ def _new_lse(query, q_grid):
 
 def fine_forward(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
-    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale,
+    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
 ):  # fmt: skip
     q_grid, kv_grid = _grid(q_shape, q_cube), _grid(kv_shape, kv_cube)
     out, lse = query.new_empty(query.shape), _new_lse(query, q_grid)
-    gated = coarse is not None or gate_fine is not None or gate_fine_value != 1.0
-    out_fine = query.new_empty(query.shape) if gated else None
+    combined = coarse is not None or gate_fine is not None or gate_fine_value != 1.0
+    out_fine = query.new_empty(query.shape) if combined and with_out_fine else None
     _attend(
         query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks, kv_indices, block_sizes,
         q_block_sizes, out_fine, coarse, (gate_fine, gate_fine_value), (gate_coarse, gate_coarse_value),
     )  # fmt: skip
-    return out, out_fine if gated else query.new_empty(0), lse
+    return out, query.new_empty(0) if out_fine is None else out_fine, lse
 
 
 def _linear_grid(num_tokens):
@@ -146,10 +146,12 @@ def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_outpu
     query_pooled, key_pooled, value_pooled = (x.transpose(1, 2) for x in pooled)
     # The coarse output is dense attention over the pooled tokens.
     grid = _linear_grid(pooled[0].shape[2])
-    lse = _new_lse(query_pooled, grid)
-    out = pooled[0].new_empty(pooled[0].shape if with_output else 0)
     if with_output:
+        lse = _new_lse(query_pooled, grid)
+        out = pooled[0].new_empty(pooled[0].shape)
         _attend(query_pooled, key_pooled, value_pooled, out.transpose(1, 2), lse, grid, grid, scale)
+    else:
+        out, lse = pooled[0].new_empty(0), pooled[0].new_empty(0, dtype=torch.float32)
     return *pooled, out, lse, *select(pooled[0], pooled[1], topk, scale)
 
 
@@ -165,7 +167,7 @@ def combine_backward(
     gated = gate_fine is not None or gate_fine_value != 1.0
     grad_fine = out_fine.new_empty(out_fine.shape if gated else 0)
     delta = out_fine.new_empty((*cubes, 64), dtype=torch.float32)
-    grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim), dtype=torch.float32)
+    grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim))
     fine, _kept_fine = _gate(gate_fine, gate_fine_value)
     combined, _kept_coarse = _gate(gate_coarse, gate_coarse_value)
     gate_coarse = None if coarse is None else gate_coarse
@@ -232,29 +234,43 @@ def fine_backward(
     grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, q_offsets, q_indices, block_sizes,
     q_block_sizes, dq_pooled, dk_pooled, dv_pooled, q_shape, kv_shape, q_cube, kv_cube, scale, deterministic,
 ):  # fmt: skip
-    """Two passes, dK and dV, then dQ; no reduction between CTAs, so `deterministic` changes nothing."""
+    """Two passes without reductions between CTAs: the same bits in every run, whatever `deterministic`."""
+    gradients = tuple(query.new_empty(x.shape) for x in (query, key, value))
+    _differentiate(
+        grad_fine, query, key, value, lse, delta, gradients, _grid(q_shape, q_cube), _grid(kv_shape, kv_cube),
+        scale, (kv_num_blocks, kv_indices), (q_offsets, q_indices), (block_sizes, q_block_sizes),
+        (dq_pooled, dk_pooled, dv_pooled),
+    )  # fmt: skip
+    return gradients
+
+
+def _differentiate(
+    grad_fine, query, key, value, lse, delta, gradients, q_grid, kv_grid, scale, lists=(None, None),
+    transposed=(None, None), sizes=(None, None), pooled=(None, None, None),
+):  # fmt: skip
+    """dK and dV, then dQ, into `gradients` (q, k, v). Without lists all pairs of blocks."""
     C = _extension.load()
-    dq, dk, dv = (query.new_empty(x.shape) for x in (query, key, value))
-    lse, delta, q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = map(
-        _packed, (lse, delta, q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled)
-    )
+    kv_num_blocks, kv_indices = lists
+    # Named, so that a packed copy lives until both launches are on the stream.
+    lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
+    q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = kept
     arguments = C.FineBackwardArguments(
         query=_tokens(query),
         key=_tokens(key),
         value=_tokens(value),
         grad_out=_tokens(grad_fine),
-        grad_query=_tokens(dq),
-        grad_key=_tokens(dk),
-        grad_value=_tokens(dv),
-        q_grid=_grid(q_shape, q_cube),
-        kv_grid=_grid(kv_shape, kv_cube),
+        grad_query=_tokens(gradients[0]),
+        grad_key=_tokens(gradients[1]),
+        grad_value=_tokens(gradients[2]),
+        q_grid=q_grid,
+        kv_grid=kv_grid,
         kv_num_blocks=_strided(kv_num_blocks),
         kv_indices=_strided(kv_indices),
         q_offsets=_address(q_offsets),
         q_indices=_address(q_indices),
-        q_indices_per_head=q_indices.shape[2],
-        block_sizes=_address(block_sizes),
-        q_block_sizes=_address(q_block_sizes),
+        q_indices_per_head=0 if q_indices is None else q_indices.shape[2],
+        block_sizes=_address(sizes[0]),
+        q_block_sizes=_address(sizes[1]),
         lse=_address(lse),
         delta=_address(delta),
         dq_pooled=_address(dq_pooled),
@@ -264,4 +280,17 @@ def fine_backward(
     )
     _extension.launch(C.plan_fine_backward_kv(arguments), query)
     _extension.launch(C.plan_fine_backward_q(arguments), query)
-    return dq, dk, dv
+
+
+def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):
+    """The backward of dense attention over the pooled tokens, as coarse_forward computes it."""
+    shape, cube = (1, 1, query_pooled.shape[2]), (1, 1, 64)
+    grad, query, key, value, out = (
+        x.transpose(1, 2) for x in (grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse)
+    )
+    _, delta, *_ = combine_backward(grad, out, None, None, None, None, 1.0, 0.0, None, shape, cube)
+    gradients = tuple(query_pooled.new_empty(query_pooled.shape) for _ in range(3))
+    views = tuple(x.transpose(1, 2) for x in gradients)
+    grid = _grid(shape, cube)
+    _differentiate(grad, query, key, value, lse_coarse, delta, views, grid, grid, scale)
+    return gradients

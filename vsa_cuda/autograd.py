@@ -54,7 +54,7 @@ class VideoSparse(torch.autograd.Function):
     @staticmethod
     def forward(
         query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, with_coarse,
-        video_shape, cube, topk, scale, deterministic,
+        video_shape, cube, topk, scale, deterministic, differentiable,
     ):  # fmt: skip
         *pooled, out_coarse, lse_coarse, kv_num_blocks, kv_indices = ops.coarse_forward(
             query, key, value, video_shape, cube, topk, scale, with_coarse
@@ -62,7 +62,7 @@ class VideoSparse(torch.autograd.Function):
         out, out_fine, lse = ops.fine_forward(
             query, key, value, kv_num_blocks, kv_indices, None, None, out_coarse if with_coarse else None,
             gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, video_shape, video_shape, cube, cube,
-            scale,
+            scale, differentiable,
         )  # fmt: skip
         return out, kv_num_blocks, kv_indices, out_fine, lse, *pooled, out_coarse, lse_coarse
 
@@ -84,11 +84,11 @@ class VideoSparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 13
+            return (None,) * 14
         saved = ctx.saved_tensors
         with torch.no_grad():
             grads = _video_sparse_backward(grad_out, saved, ctx.constants, ctx.needs_input_grad)
-        return *_first_order(grads, (grad_out, *saved)), *(None,) * 8
+        return *_first_order(grads, (grad_out, *saved)), *(None,) * 9
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -98,7 +98,7 @@ class VideoSparse(torch.autograd.Function):
 def _video_sparse_backward(grad_out, saved, constants, needs_input_grad):
     query, key, value, gate_fine, gate_coarse, out_fine, lse, kv_num_blocks, kv_indices, *coarse = saved
     query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse = coarse
-    gate_fine_value, gate_coarse_value, with_coarse, video_shape, cube, _, scale, deterministic = constants
+    gate_fine_value, gate_coarse_value, with_coarse, video_shape, cube, _, scale, deterministic, _ = constants
     grad_fine, delta, grad_coarse, grad_gate_fine, grad_gate_coarse = ops.combine_backward(
         grad_out, out_fine, None, out_coarse if with_coarse else None, gate_fine, gate_coarse,
         gate_fine_value, gate_coarse_value, None, video_shape, cube,
@@ -134,7 +134,7 @@ class BlockSparse(torch.autograd.Function):
     ):  # fmt: skip
         out, _, lse = ops.fine_forward(
             query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, None, None, None,
-            1.0, 0.0, q_shape, kv_shape, q_cube, kv_cube, scale,
+            1.0, 0.0, q_shape, kv_shape, q_cube, kv_cube, scale, False,
         )  # fmt: skip
         return out, lse
 

@@ -86,9 +86,11 @@ def video_sparse_attention(
     gate_coarse, gate_coarse_value = _split_gate(gate_coarse, query, layout)
     with_coarse = gate_coarse is not None or gate_coarse_value != 0.0
     query, key, value = (_to_bshd(x, layout) for x in (query, key, value))
+    inputs = (query, key, value, gate_fine, gate_coarse)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, kv_num_blocks, kv_indices, *_ = VideoSparse.apply(
         query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, with_coarse,
-        video_shape, cube, topk, scale, deterministic,
+        video_shape, cube, topk, scale, deterministic, differentiable,
     )  # fmt: skip
     out = _from_bshd(out, layout)
     return (out, kv_num_blocks, kv_indices) if return_selection else out

@@ -27,7 +27,8 @@ _SCHEMAS = (
     "fine_forward(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices,"
     " Tensor? block_sizes, Tensor? q_block_sizes, Tensor? coarse, Tensor? gate_fine, Tensor? gate_coarse,"
     " float gate_fine_value, float gate_coarse_value, SymInt[3] q_shape, SymInt[3] kv_shape,"
-    " SymInt[3] q_cube, SymInt[3] kv_cube, float scale) -> (Tensor out, Tensor out_fine, Tensor lse)",
+    " SymInt[3] q_cube, SymInt[3] kv_cube, float scale, bool with_out_fine)"
+    " -> (Tensor out, Tensor out_fine, Tensor lse)",
     "combine_backward(Tensor grad_out, Tensor out_fine, Tensor? grad_lse, Tensor? coarse, Tensor? gate_fine,"
     " Tensor? gate_coarse, float gate_fine_value, float gate_coarse_value, Tensor? q_block_sizes,"
     " SymInt[3] q_shape, SymInt[3] q_cube)"
@@ -74,25 +75,30 @@ def _pool_fake(query, key, value, video_shape, cube):
     return tuple(x.new_empty(shape) for x in (query, key, value))
 
 
+def _coarse_lse_shape(rows):
+    """Cube-major over the linear grid of the pooled tokens [B, H, N]."""
+    return (*rows[:2], num_cubes((1, 1, rows[2]), (1, 1, CUBE_VOLUME)), CUBE_VOLUME)
+
+
 def _coarse_forward_fake(query, key, value, video_shape, cube, topk, scale, with_output):
     pooled = _pool_fake(query, key, value, video_shape, cube)
     rows = pooled[0].shape[:3]
     out = torch.empty_like(pooled[0]) if with_output else _empty(query)
-    lse = query.new_empty(rows, dtype=_compute_dtype(query))
+    lse = query.new_empty(_coarse_lse_shape(rows) if with_output else 0, dtype=_compute_dtype(query))
     counts = query.new_empty(rows, dtype=torch.int32)
     return *pooled, out, lse, counts, query.new_empty((*rows, topk), dtype=torch.int32)
 
 
 def _coarse_backward_fake(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):
-    dtype = _compute_dtype(query_pooled)
-    return tuple(x.new_empty(x.shape, dtype=dtype) for x in (query_pooled, key_pooled, value_pooled))
+    return tuple(x.new_empty(x.shape) for x in (query_pooled, key_pooled, value_pooled))
 
 
 def _fine_forward_fake(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
-    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale,
+    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
 ):  # fmt: skip
-    out_fine = query.new_empty(query.shape) if combines(coarse, gate_fine, gate_fine_value) else _empty(query)
+    stored = with_out_fine and combines(coarse, gate_fine, gate_fine_value)
+    out_fine = query.new_empty(query.shape) if stored else _empty(query)
     lse_shape = (query.shape[0], query.shape[2], num_cubes(q_shape, q_cube), CUBE_VOLUME)
     return query.new_empty(query.shape), out_fine, query.new_empty(lse_shape, dtype=_compute_dtype(query))
 
@@ -104,11 +110,11 @@ def _combine_backward_fake(
     batch, _, heads, head_dim = out_fine.shape
     cubes, dtype = num_cubes(q_shape, q_cube), _compute_dtype(out_fine)
     grad_fine = out_fine.new_empty(out_fine.shape) if has_fine_gate(gate_fine, gate_fine_value) else None
-    grad_coarse = None if coarse is None else out_fine.new_empty((batch, heads, cubes, head_dim), dtype=dtype)
+    grad_coarse = None if coarse is None else out_fine.new_empty((batch, heads, cubes, head_dim))
     return (
         _empty(out_fine) if grad_fine is None else grad_fine,
         out_fine.new_empty((batch, heads, cubes, CUBE_VOLUME), dtype=dtype),
-        out_fine.new_empty(0, dtype=dtype) if grad_coarse is None else grad_coarse,
+        _empty(out_fine) if grad_coarse is None else grad_coarse,
         _empty(out_fine) if gate_fine is None else gate_fine.new_empty(gate_fine.shape),
         _empty(out_fine) if gate_coarse is None else gate_coarse.new_empty(gate_coarse.shape),
     )
@@ -134,12 +140,24 @@ def _pool_cpu(query, key, value, video_shape, cube):
 
 def _coarse_forward_cpu(query, key, value, video_shape, cube, topk, scale, with_output):
     pooled = _pool_cpu(query, key, value, video_shape, cube)
-    return *pooled, *reference.coarse_forward(*pooled, topk, scale, with_output)
+    out, lse, counts, indices = reference.coarse_forward(*pooled, topk, scale, with_output)
+    blocks = lse.new_full(_coarse_lse_shape(lse.shape) if with_output else (0,), torch.inf)
+    if with_output:
+        blocks.flatten(2)[..., : lse.shape[2]] = lse
+    return *pooled, out, blocks, counts, indices
+
+
+def _coarse_backward_cpu(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):
+    lse = lse_coarse.flatten(2)[..., : query_pooled.shape[2]]
+    grads = reference.coarse_backward(
+        grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse, scale
+    )
+    return tuple(grad.to(query_pooled.dtype) for grad in grads)
 
 
 def _fine_forward_cpu(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
-    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale,
+    gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
 ):  # fmt: skip
     q_grid, kv_grid = CubeGrid(q_shape, q_cube), CubeGrid(kv_shape, kv_cube)
     out_fine, lse = reference.fine_forward(
@@ -149,7 +167,8 @@ def _fine_forward_cpu(
         return out_fine, _empty(query), lse
     fine_gate = gate_fine_value if gate_fine is None else gate_fine
     coarse_gate = gate_coarse_value if gate_coarse is None else gate_coarse
-    return reference.combine(out_fine, coarse, q_grid, fine_gate, coarse_gate), out_fine, lse
+    out = reference.combine(out_fine, coarse, q_grid, fine_gate, coarse_gate)
+    return out, out_fine if with_out_fine else _empty(query), lse
 
 
 def _combine_backward_cpu(
@@ -162,9 +181,9 @@ def _combine_backward_cpu(
     grad_fine, delta, *others = reference.combine_backward(
         grad_out, out_fine, grad_lse, coarse, grid, fine_gate, coarse_gate, q_block_sizes
     )
-    empties = (delta.new_empty(0), _empty(grad_out), _empty(grad_out))
-    others = (empty if x is None else x for x, empty in zip(others, empties, strict=True))
-    return grad_fine if has_fine_gate(gate_fine, gate_fine_value) else _empty(grad_out), delta, *others
+    grad_coarse, *gate_grads = (_empty(grad_out) if x is None else x for x in others)
+    grad_fine = grad_fine if has_fine_gate(gate_fine, gate_fine_value) else _empty(grad_out)
+    return grad_fine, delta, grad_coarse.to(out_fine.dtype), *gate_grads
 
 
 def _fine_backward_cpu(
@@ -231,7 +250,7 @@ def _register(name: str, fake: Callable, cpu: Callable, wrap: Callable | None = 
 
 pool = _register("pool", _pool_fake, _pool_cpu, _with_aligned_inputs)
 coarse_forward = _register("coarse_forward", _coarse_forward_fake, _coarse_forward_cpu, _with_aligned_inputs)
-coarse_backward = _register("coarse_backward", _coarse_backward_fake, reference.coarse_backward)
+coarse_backward = _register("coarse_backward", _coarse_backward_fake, _coarse_backward_cpu)
 fine_forward = _register("fine_forward", _fine_forward_fake, _fine_forward_cpu, _with_aligned_inputs)
 combine_backward = _register(
     "combine_backward", _combine_backward_fake, _combine_backward_cpu, _with_tma_gradient

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "kernels/combine_backward_params.h"
-#include "tiles/common.cuh"
+#include "kernels/gate.cuh"
 
 namespace vsa {
 
@@ -134,9 +134,8 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
     coarse = unpack_eight<T>(
         load_eight(static_cast<const T*>(params.coarse) + row * kHeadDim + columns.column, 1, true));
   }
-  float factor_fine = params.gate_fine.scalar ? __ldg(params.gate_fine.scalar) : params.gate_fine.factor;
-  float factor_coarse =
-      params.gate_coarse.scalar ? __ldg(params.gate_coarse.scalar) : params.gate_coarse.factor;
+  float factor_fine = gate_factor(params.gate_fine);
+  float factor_coarse = gate_factor(params.gate_coarse);
 
   Eight grad_coarse{};
   float scalar_fine = 0.0f, scalar_coarse = 0.0f;
@@ -197,7 +196,7 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
   if (params.grad_coarse && threadIdx.x < kHeadDim) {
     float sum = 0.0f;
     for (int i = 0; i < Sums::kWarps; i++) sum += sums.coarse[i][threadIdx.x];
-    params.grad_coarse[row * kHeadDim + threadIdx.x] = sum;
+    static_cast<T*>(params.grad_coarse)[row * kHeadDim + threadIdx.x] = from_float<T>(sum);
   }
   if (threadIdx.x == 0) {
     float fine = 0.0f, by_coarse = 0.0f;

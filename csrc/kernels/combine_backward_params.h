@@ -21,9 +21,9 @@ struct CombineBackwardParams {
   int64_t grad_lse_strides[4];
   const void* coarse;  // [batch, heads, num_cubes, head_dim], the input's type
   Gate gate_fine, gate_coarse;
-  void* grad_fine;     // [batch, tokens, heads, head_dim] packed
-  float* delta;        // [batch, heads, num_cubes, 64]
-  float* grad_coarse;  // [batch, heads, num_cubes, head_dim]
+  void* grad_fine;    // [batch, tokens, heads, head_dim] packed
+  float* delta;       // [batch, heads, num_cubes, 64]
+  void* grad_coarse;  // [batch, heads, num_cubes, head_dim], the query's type
   void *grad_gate_fine, *grad_gate_coarse;
   float *scalar_fine, *scalar_coarse;  // [batch, heads, num_cubes], sums over a cube for gates of one number
   int32_t heads;

@@ -1,12 +1,11 @@
 // What the two passes of the fine stage's backward share. Per pair of blocks, with S = Q K^T:
 //
-//   P = exp2(scale_log2 S - log2(e) LSE)      dV += P^T dO      dP = dO V^T
-//   dS = P (dP - delta)                       dK += dS^T Q      dQ += dS K        (dK, dQ times scale at the
-//   end)
+//   P = exp2(scale_log2 S - log2(e) LSE)     dP = dO V^T     dS = P (dP - delta)
+//   dV += P^T dO     dK += dS^T Q     dQ += dS K     and at the end dK, dQ times scale
 //
-// A pass keeps what belongs to a consumer's cube in registers and walks a ring of the other side's tiles. No
-// reduction between CTAs, so every run gives the same bits; S and dP are computed twice for that, 7 matrix
-// products instead of 5.
+// A pass keeps what belongs to a consumer's cube and walks a ring of the other side's tiles. No reduction
+// between CTAs, so every run gives the same bits; S and dP are computed twice for that, 7 matrix products
+// instead of 5.
 #pragma once
 
 #include "kernels/fine_backward_params.h"
@@ -67,45 +66,29 @@ VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& f
   load_cube(shared.second[consumer], second_map, second_at, cube, full);
 }
 
-// A consumer's way round the ring. step(has_pending, stage, pending, valid) works on a stage that the
-// consumer is a member of and releases the `pending` one; finish(pending) completes and releases it alone. A
-// stage stays pending for at most kStages - 2 stages of others: the ring always has room for the stage that
-// everyone waits for, whatever the lists.
-template <class Ring, class Step, class Finish>
-VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
-  constexpr int kNone = -1;
-  int pending = kNone, passed = 0;
+// A consumer's way round the ring: step(stage, valid) for each stage that it is a member of. It holds one
+// stage at a time, so that the others are free for loads under way: on lists that hardly overlap, a stage
+// lasts half as long as a load takes to arrive.
+template <class Ring, class Step>
+VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step) {
   RingPosition<Ring::kStages> at;
   while (true) {
     ring.full[at.stage].wait(at.phase);
     StageInfo info = ring.info[at.stage];
     if (info.members == 0) break;
-    if (info.members >> consumer & 1) {
-      if (pending == kNone) {
-        step(std::false_type{}, at.stage, pending, info.valid);
-      } else {
-        step(std::true_type{}, at.stage, pending, info.valid);
-      }
-      pending = at.stage;
-      passed = 0;
-    } else {
-      ring.release(at.stage);
-      if (pending != kNone && ++passed == Ring::kStages - 2) {
-        finish(pending);
-        pending = kNone;
-      }
-    }
+    if (info.members >> consumer & 1) step(at.stage, info.valid);
+    ring.release(at.stage);
     at.advance();
   }
-  if (pending != kNone) finish(pending);
 }
 
 VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
 
-// Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though the work
-// above is meant to run beside those products; it moves nothing over a branch that depends on all of it. Never taken:
-// the plan lets no infinite scale pass. By vote, so that the warp stays converged and addresses uniform.
+// Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though
+// the work above is meant to run beside those products; it moves nothing over a branch that depends on all of
+// it. Never taken: the plan lets no infinite scale pass. By vote, so that the warp stays converged and
+// addresses uniform.
 template <class Tile>
 VSA_DEVICE void settle(const Tile& tile, float scale_log2) {
   uint32_t bits = 0;
@@ -115,12 +98,12 @@ VSA_DEVICE void settle(const Tile& tile, float scale_log2) {
 }
 
 // tile = tile * scale + pooled * share, on every row; pooled [kCols] or null.
-template <int kCols>
-VSA_DEVICE void scale_and_add_row(FloatTile<kCols>& tile, float scale, const float* pooled, float share) {
+template <class T, int kCols>
+VSA_DEVICE void scale_and_add_row(FloatTile<kCols>& tile, float scale, const T* pooled, float share) {
 #pragma unroll
   for (int j = 0; j < kCols / 8; j++) {
     float2 add{0.0f, 0.0f};
-    if (pooled) add = __ldg(reinterpret_cast<const float2*>(pooled + 8 * j + tile_column()));
+    if (pooled) add = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(pooled + 8 * j + tile_column())));
 #pragma unroll
     for (int i = 0; i < 4; i++)
       tile.data[4 * j + i] = fmaf(tile.data[4 * j + i], scale, share * (i % 2 ? add.y : add.x));

@@ -5,10 +5,10 @@
 // are keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers. Per member
 // tile:
 //
-//   tensor cores   | S(i+1) | dP(i+1) | dK += dS(i) Q(i) |             | dV += P(i+1) dO(i+1) |
-//   consumer                | P(i+1) --------- | wait, release stage i | dS(i+1) ------------ |
+//   tensor cores   | S       | dP       |         | dV += P^T dO | dK += dS^T Q |
+//   consumer                 | P ---------------- | dS --------- | wait         | release the stage
 //
-// The last product runs on into the next step.
+// The other consumer's products fill the gaps.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
@@ -61,7 +61,8 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
     load_async(info.lse, params.lse + first, sizeof(info.lse), full);
     load_async(info.delta, params.delta + first, sizeof(info.delta), full);
   };
-  produce(shared.ring, lists, source, kBackwardRowBytes, load_rows);
+  RingProducer<typename Kernel::Ring> producer;
+  produce(shared.ring, producer, lists, source, kBackwardRowBytes, load_rows);
 }
 
 // A consumer's registers through the loop.
@@ -69,8 +70,6 @@ template <class Kernel>
 struct FineBackwardKvState {
   HalfTile<typename Kernel::T, Kernel::kHeadDim> key, value;  // with kKeysInRegisters
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
-  HalfTile<typename Kernel::T, kCubeTokens> probabilities,
-      grad_scores;  // P^T in flight to dV, dS^T of the pending stage
 };
 
 // The two numbers of a row of queries that belong to this lane's columns of group j.
@@ -78,30 +77,25 @@ VSA_DEVICE float2 column_pair(const float (&row)[kCubeTokens], int j) {
   return *reinterpret_cast<const float2*>(row + 8 * j + tile_column());
 }
 
-template <class Kernel, bool kPending>
+template <class Kernel>
 VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typename Kernel::Shared& shared,
-                                      int consumer, float scale_log2, int stage, int pending) {
-  auto& ring = shared.ring;
-  const QueryStageInfo& info = ring.info[stage];
+                                      int consumer, float scale_log2, int stage) {
+  auto& queries = shared.ring.first[stage];
+  auto& grad_outs = shared.ring.second[stage];
+  const QueryStageInfo& info = shared.ring.info[stage];
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
   if constexpr (Kernel::kKeysInRegisters) {
-    mma_ABt(scores, state.key, ring.first[stage], false);
+    mma_ABt(scores, state.key, queries, false);
     mma_commit();
-    mma_ABt(grads, state.value, ring.second[stage], false);
+    mma_ABt(grads, state.value, grad_outs, false);
   } else {
-    mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
+    mma_ABt(scores, shared.first[consumer], queries, false);
     mma_commit();
-    mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
+    mma_ABt(grads, shared.second[consumer], grad_outs, false);
   }
   mma_commit();
-  if constexpr (kPending) {
-    mma_AB(state.grad_key, state.grad_scores, ring.first[pending], true);
-    mma_commit();
-    mma_wait<2>(scores);
-  } else {
-    mma_wait<1>(scores);
-  }
+  mma_wait<1>(scores);
 #pragma unroll
   for (int j = 0; j < kCubeTokens / 8; j++) {
     float2 lse = column_pair(info.lse, j);
@@ -111,35 +105,30 @@ VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typena
       x = exp2_approx(fmaf(x, scale_log2, -kLog2E * (i % 2 ? lse.y : lse.x)));
     }
   }
-  settle(scores, scale_log2);
-  mma_wait<0>(grads, state.grad_key, state.grad_scores);
-  if constexpr (kPending) ring.release(pending);
+  HalfTile<typename Kernel::T, kCubeTokens> probabilities, grad_scores;
+  convert(probabilities, scores);
+  settle(probabilities, scale_log2);
+  mma_wait<0>(grads);
 
-  convert(state.probabilities, scores);
   mma_fence();
-  mma_AB(state.grad_value, state.probabilities, ring.second[stage], true);
+  mma_AB(state.grad_value, probabilities, grad_outs, true);
   mma_commit();
-  if (stage == pending) __trap();  // never: a branch, or ptxas spreads these products among what runs beside them
+  // Never so: without a branch here ptxas spreads these products among what is meant to run beside them.
+  if (stage == -1 - consumer) __trap();
 #pragma unroll
   for (int j = 0; j < kCubeTokens / 8; j++) {
     float2 delta = column_pair(info.delta, j);
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      grads.data[4 * j + i] = scores.data[4 * j + i] * (grads.data[4 * j + i] - (i % 2 ? delta.y : delta.x));
+    for (int i = 0; i < 4; i++) {
+      float& x = grads.data[4 * j + i];
+      x = scores.data[4 * j + i] * (x - (i % 2 ? delta.y : delta.x));
+    }
   }
-  convert(state.grad_scores, grads);
-  settle(state.grad_scores, scale_log2);
-  mma_wait<0>(state.grad_value, state.probabilities);
-}
-
-template <class Kernel>
-VSA_DEVICE void fine_backward_kv_finish(FineBackwardKvState<Kernel>& state, typename Kernel::Ring& ring,
-                                        int pending) {
+  convert(grad_scores, grads);
   mma_fence();
-  mma_AB(state.grad_key, state.grad_scores, ring.first[pending], true);
+  mma_AB(state.grad_key, grad_scores, queries, true);
   mma_commit();
-  mma_wait<0>(state.grad_key, state.grad_scores);
-  ring.release(pending);
+  mma_wait<0>(state.grad_value, state.grad_key, probabilities, grad_scores);
 }
 
 template <class Kernel>
@@ -154,13 +143,9 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
     load(state.key, shared.first[consumer]);
     load(state.value, shared.second[consumer]);
   }
-  walk_ring(
-      shared.ring, consumer,
-      [&state, &shared, consumer, &params](auto has_pending, int stage, int pending, uint64_t) {
-        fine_backward_kv_step<Kernel, has_pending>(state, shared, consumer, params.scale_log2, stage,
-                                                   pending);
-      },
-      [&state, &shared](int pending) { fine_backward_kv_finish(state, shared.ring, pending); });
+  walk_ring(shared.ring, consumer, [&state, &shared, consumer, &params](int stage, uint64_t) {
+    fine_backward_kv_step(state, shared, consumer, params.scale_log2, stage);
+  });
   if (consumer >= task.cubes) return;
 
   int cube = task.cube(params.kv_grid, consumer);
@@ -168,16 +153,17 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   uint64_t real = params.kv_grid.valid_slots(address.origin);
   float share = 1.0f / __popcll(real);
   int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.kv_grid.num_cubes() + cube;
-  auto pooled_row = [row](const float* pooled) { return pooled ? pooled + row * Kernel::kHeadDim : nullptr; };
+  auto pooled_row = [row](const void* pooled) {
+    return pooled ? static_cast<const typename Kernel::T*>(pooled) + row * Kernel::kHeadDim : nullptr;
+  };
   scale_and_add_row(state.grad_key, params.scale, pooled_row(params.dk_pooled), share);
   scale_and_add_row(state.grad_value, 1.0f, pooled_row(params.dv_pooled), share);
   // Rows of pads: whatever they were computed from, NaN included.
   if (params.block_sizes) real &= CubeGrid::ones(__ldg(params.block_sizes + cube));
   fill_rows(state.grad_key, real, 0.0f);
   fill_rows(state.grad_value, real, 0.0f);
-  named_barrier_sync(
-      1 + consumer,
-      kWarpgroupThreads);  // no warp's products still read K and V, which the gradients overwrite
+  // No warp's products may still read K and V, which the gradients overwrite.
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
   store_gradient(state.grad_key, shared.first[consumer], consumer, maps.grad_key, params.grad_key, address);
   store_gradient(state.grad_value, shared.second[consumer], consumer, maps.grad_value, params.grad_value,
                  address);

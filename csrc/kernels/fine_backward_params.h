@@ -18,8 +18,8 @@ struct FineBackwardParams {
   int64_t q_indices_per_head;
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
   const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64]
-  const float* dq_pooled;                      // [batch, heads, num_q_blocks, head_dim]
-  const float *dk_pooled, *dv_pooled;          // [batch, heads, num_kv_blocks, head_dim]
+  const void* dq_pooled;                       // [batch, heads, num_q_blocks, head_dim], the query's type
+  const void *dk_pooled, *dv_pooled;           // [batch, heads, num_kv_blocks, head_dim], likewise
   float scale, scale_log2;                     // scale_log2 = scale * log2(e)
   int32_t heads;
 };
@@ -28,7 +28,7 @@ struct FineBackwardParams {
 constexpr int kBackwardConsumers = 2;
 constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
 constexpr int kBackwardRowBytes = 2 * kCubeTokens * 4;  // LSE and delta of a query block
-constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 8; }
+constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 11; }
 
 constexpr int fine_backward_shared_bytes(int head_dim, int info_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;

@@ -3,8 +3,10 @@
 // A CTA takes two query cubes, one consumer warpgroup each, which keeps Q and dO in registers. The producer
 // walks their merged lists and loads each K and V cube once. Per member tile:
 //
-//   tensor cores   | S(i+1) | dP(i+1) | dQ += dS(i) K(i) |
-//   consumer                | P(i+1) -- | dS(i+1) ------ | wait, release stage i
+//   tensor cores   | S       | dP       |              | dQ += dS K |
+//   consumer                 | P ---------------- | dS | wait       | release the stage
+//
+// The other consumer's products fill the gaps.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
@@ -38,7 +40,8 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
   }
   RingSource source{maps.key,       maps.value,         params.key, params.value,
                     params.kv_grid, params.block_sizes, task.batch, task.head};
-  produce(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
+  RingProducer<typename Kernel::Ring> producer;
+  produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
 }
 
 // A consumer's registers through the loop.
@@ -46,53 +49,36 @@ template <class Kernel>
 struct FineBackwardQState {
   HalfTile<typename Kernel::T, Kernel::kHeadDim> query, grad_out;
   FloatTile<Kernel::kHeadDim> grad_query;
-  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;  // of the pending stage
   RowVector lse_log2, delta;
 };
 
-template <class Kernel, bool kPending>
+template <class Kernel>
 VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Ring& ring,
-                                     float scale_log2, int stage, int pending, uint64_t valid) {
+                                     float scale_log2, int stage, uint64_t valid) {
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
   mma_ABt(scores, state.query, ring.first[stage], false);
   mma_commit();
   mma_ABt(grads, state.grad_out, ring.second[stage], false);
   mma_commit();
-  if constexpr (kPending) {
-    mma_AB(state.grad_query, state.grad_scores, ring.first[pending], true);
-    mma_commit();
-    mma_wait<2>(scores);
-  } else {
-    mma_wait<1>(scores);
-  }
+  mma_wait<1>(scores);
 #pragma unroll
   for (int i = 0; i < scores.kRegisters; i++) {
     scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, -state.lse_log2.data[(i / 2) % 2]));
   }
   settle(scores, scale_log2);
-  mma_wait<kPending ? 1 : 0>(grads);
+  mma_wait<0>(grads);
 #pragma unroll
   for (int i = 0; i < grads.kRegisters; i++) {
     grads.data[i] = scores.data[i] * (grads.data[i] - state.delta.data[(i / 2) % 2]);
   }
   if (valid != ~uint64_t(0)) fill_masked(grads, valid, 0.0f);
-  if constexpr (kPending) {
-    settle(grads, scale_log2);
-    mma_wait<0>(state.grad_query, state.grad_scores);
-    ring.release(pending);
-  }
-  convert(state.grad_scores, grads);
-}
-
-template <class Kernel>
-VSA_DEVICE void fine_backward_q_finish(FineBackwardQState<Kernel>& state, typename Kernel::Ring& ring,
-                                       int pending) {
+  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;
+  convert(grad_scores, grads);
   mma_fence();
-  mma_AB(state.grad_query, state.grad_scores, ring.first[pending], true);
+  mma_AB(state.grad_query, grad_scores, ring.first[stage], true);
   mma_commit();
-  mma_wait<0>(state.grad_query, state.grad_scores);
-  ring.release(pending);
+  mma_wait<0>(state.grad_query, grad_scores);
 }
 
 template <class Kernel>
@@ -114,18 +100,15 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
     load(state.query, shared.first[consumer]);
     load(state.grad_out, shared.second[consumer]);
   }
-  walk_ring(
-      shared.ring, consumer,
-      [&state, &shared, &params](auto has_pending, int stage, int pending, uint64_t valid) {
-        fine_backward_q_step<Kernel, has_pending>(state, shared.ring, params.scale_log2, stage, pending,
-                                                  valid);
-      },
-      [&state, &shared](int pending) { fine_backward_q_finish(state, shared.ring, pending); });
+  walk_ring(shared.ring, consumer, [&state, &shared, &params](int stage, uint64_t valid) {
+    fine_backward_q_step(state, shared.ring, params.scale_log2, stage, valid);
+  });
   if (!exists) return;
 
   CubeAddress address = task.address(params.q_grid, cube);
   uint64_t real = params.q_grid.valid_slots(address.origin);
-  const float* pooled = params.dq_pooled ? params.dq_pooled + row * Kernel::kHeadDim : nullptr;
+  const auto* pooled = static_cast<const typename Kernel::T*>(params.dq_pooled);
+  if (pooled) pooled += row * Kernel::kHeadDim;
   scale_and_add_row(state.grad_query, params.scale, pooled, 1.0f / __popcll(real));
   // Rows of pads: whatever they were computed from, NaN included.
   if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + cube));

@@ -1,15 +1,16 @@
 // Fine stage, forward (VSA, section 2.2): every query cube attends, token by token, to the key cubes of its
 // list.
 //
-// A CTA takes neighbouring query cubes, one consumer warpgroup each. The producer warpgroup walks their
-// merged lists and loads each key and value cube once into a ring; a consumer works on the stages it is a
-// member of. Per member tile:
+// A CTA takes task after task; a task is a few neighbouring query cubes of one head, one consumer warpgroup
+// each. The producer warpgroup walks their merged lists and loads each key and value cube once into a ring;
+// it runs ahead over the end of a task, so that the next one's tiles land during the epilogue. A consumer
+// works on the stages it is a member of. Per member tile:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
 //   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release stage(i)
 //
-// A consumer holds the stage of its pending product for at most kLookahead stages of others, then finishes it
-// alone: the ring always has room for the stage that everyone waits for, whatever the lists.
+// A consumer holds the stage of its pending product for at most kStages - 2 stages of others, then finishes
+// it alone: the ring always has room for the stage that everyone waits for, whatever the lists.
 #pragma once
 
 #include "kernels/fine_forward_params.h"
@@ -30,55 +31,69 @@ struct FineForward {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
   static constexpr int kStages = fine_forward_stages(kHeadDim);
-  static constexpr int kLookahead = kStages / 2;
   static constexpr int kProducerRegisters = kHeadDim == 128 ? 24 : 32;
   static constexpr int kConsumerRegisters = kHeadDim == 128 ? 240 : 160;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = SharedRing<Tile, kStages, kConsumers>;
   struct Shared {
-    Tile query[kConsumers];  // later the outputs
-    Ring ring;               // first: keys, second: values
-    Barrier query_full[kConsumers];
+    Tile query[kConsumers];
+    Tile out[kConsumers];             // on its way to global memory
+    Ring ring;                        // first: keys, second: values
+    Barrier query_full[kConsumers];   // the producer's arrival and the tile's bytes
+    Barrier query_empty[kConsumers];  // an arrival by each warp of the consumer, once it holds the tile in
+                                      // registers
   };
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
 
-// What a CTA works on: the query cubes at `cubes` positions from `first` on, of one head, in the order along
-// time.
+// Query cubes of one head: those at `cubes` positions from `first` on, in the order along time.
 struct FineForwardTask {
   int batch, head, first, cubes;
+
+  VSA_DEVICE int cube(const CubeGrid& grid, int consumer) const {
+    return grid.cube_along_time(first + consumer);
+  }
 };
 
 template <class Kernel>
-VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params) {
+VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params, int index) {
   int groups = ceil_div(params.q_grid.num_cubes(), Kernel::kConsumers);
-  int group = blockIdx.x % groups, head = blockIdx.x / groups;
-  int first = group * Kernel::kConsumers;
-  return {head / params.heads, head % params.heads, first,
+  int row = index / groups;
+  int first = (index - row * groups) * Kernel::kConsumers;
+  return {row / params.heads, row % params.heads, first,
           min(Kernel::kConsumers, params.q_grid.num_cubes() - first)};
 }
 
+// The whole producer warp.
 template <class Kernel>
 VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const FineForwardMaps& maps,
-                                     const FineForwardParams& params, const FineForwardTask& task) {
-  MergedList<Kernel::kConsumers> lists;
+                                     const FineForwardParams& params) {
+  RingProducer<typename Kernel::Ring> producer;
+  uint32_t query_phase[Kernel::kConsumers] = {};
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineForwardTask task = fine_forward_task<Kernel>(params, index);
+    MergedList<Kernel::kConsumers> lists;
 #pragma unroll
-  for (int i = 0; i < Kernel::kConsumers; i++) {
-    bool exists = i < task.cubes;
-    int cube = params.q_grid.cube_along_time(task.first + (exists ? i : 0));
-    lists.start(i, params.lists.list(task.batch, task.head, cube),
-                exists ? params.lists.count(task.batch, task.head, cube) : 0);
-    if (exists && elect_one()) {
-      shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
-      load_cube(shared.query[i], maps.query, params.query,
-                {task.batch, task.head, params.q_grid.origin(cube)}, shared.query_full[i]);
+    for (int i = 0; i < Kernel::kConsumers; i++) {
+      bool exists = i < task.cubes;
+      int cube = task.cube(params.q_grid, exists ? i : 0);
+      lists.start(i, params.lists.list(task.batch, task.head, cube),
+                  exists ? params.lists.count(task.batch, task.head, cube) : 0);
+      if (!exists) continue;
+      shared.query_empty[i].wait(query_phase[i] ^ 1);
+      query_phase[i] ^= 1;
+      if (elect_one()) {
+        shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
+        load_cube(shared.query[i], maps.query, params.query,
+                  {task.batch, task.head, params.q_grid.origin(cube)}, shared.query_full[i]);
+      }
+      __syncwarp();
     }
-    __syncwarp();
+    RingSource source{maps.key,       maps.value,         params.key, params.value,
+                      params.kv_grid, params.block_sizes, task.batch, task.head};
+    produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
   }
-  RingSource source{maps.key,       maps.value,         params.key, params.value,
-                    params.kv_grid, params.block_sizes, task.batch, task.head};
-  produce(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
 }
 
 // A consumer's registers through the loop.
@@ -127,17 +142,18 @@ VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Ke
   ring.release(pending);
 }
 
+// A consumer's way round the ring, for one task.
 template <class Kernel>
 VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
-                                    int consumer) {
+                                    RingPosition<Kernel::kStages>& at, int consumer) {
   constexpr int kNone = -1;
   int pending = kNone, passed = 0;
-  RingPosition<Kernel::kStages> at;
-  while (true) {
+  uint32_t members;
+  do {
     ring.full[at.stage].wait(at.phase);
     StageInfo info = ring.info[at.stage];
-    if (info.members == 0) break;
-    if (info.members >> consumer & 1) {
+    members = info.members;
+    if (members >> consumer & 1) {
       if (pending == kNone) {
         fine_forward_step<Kernel, false>(state, ring, at.stage, pending, info.valid);
       } else {
@@ -147,32 +163,32 @@ VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Ke
       passed = 0;
     } else {
       ring.release(at.stage);
-      if (pending != kNone && ++passed == Kernel::kLookahead) {
+      if (pending != kNone && (members == 0 || ++passed == Kernel::kStages - 2)) {
         fine_forward_finish(state, ring, pending);
         pending = kNone;
       }
     }
     at.advance();
-  }
-  if (pending != kNone) fine_forward_finish(state, ring, pending);
+  } while (members != 0);
 }
 
-// One consumer's tile through shared memory to global; returns when `staging` may be written again.
+// One consumer's tile through shared memory to global.
 template <class Kernel>
 VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, typename Kernel::Tile& staging,
                                    int consumer, const CUtensorMap& map, const CubeCoordinates& at,
                                    const CubeAddress& cube) {
+  bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
   HalfTile<typename Kernel::T, Kernel::kHeadDim> rounded;
   convert(rounded, tile);
+  if (first_thread) store_wait_read<0>();  // the copy engine has read the tile that was here before
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
   store(staging, rounded);
   fence_async_shared();  // the copy engine reads what this warpgroup wrote
   named_barrier_sync(1 + consumer, kWarpgroupThreads);
-  if (threadIdx.x % kWarpgroupThreads == 0) {
+  if (first_thread) {
     store_cube(map, at, cube, staging);
     store_commit();
-    store_wait_read<0>();
   }
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
 }
 
 template <class Kernel>
@@ -211,23 +227,33 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename 
   fine_forward_store<Kernel>(state.out, staging, consumer, maps.out, params.out, address);
 }
 
+// One consumer warpgroup.
 template <class Kernel>
 VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardMaps& maps,
-                                     const FineForwardParams& params, const FineForwardTask& task,
-                                     int consumer) {
-  bool exists = consumer < task.cubes;
-  FineForwardState<Kernel> state{.softmax = OnlineSoftmax(params.scale_log2)};
-  zero(state.out);
-  if (exists) {
-    shared.query_full[consumer].wait(0);
-    load(state.query, shared.query[consumer]);
+                                     const FineForwardParams& params, int consumer) {
+  RingPosition<Kernel::kStages> at;
+  uint32_t query_phase = 0;
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineForwardTask task = fine_forward_task<Kernel>(params, index);
+    bool exists = consumer < task.cubes;
+    FineForwardState<Kernel> state{.softmax = OnlineSoftmax(params.scale_log2)};
+    zero(state.out);
+    if (exists) {
+      shared.query_full[consumer].wait(query_phase);
+      query_phase ^= 1;
+      load(state.query, shared.query[consumer]);
+      __syncwarp();
+      if (elect_one()) shared.query_empty[consumer].arrive();
+    }
+    fine_forward_attend(state, shared.ring, at, consumer);
+    if (exists) {
+      int cube = task.cube(params.q_grid, consumer);
+      CubeAddress address{task.batch, task.head, params.q_grid.origin(cube)};
+      fine_forward_epilogue(state, shared.out[consumer], consumer, maps, params, address, cube);
+    }
   }
-  fine_forward_attend(state, shared.ring, consumer);
-  if (exists) {
-    int cube = params.q_grid.cube_along_time(task.first + consumer);
-    CubeAddress address{task.batch, task.head, params.q_grid.origin(cube)};
-    fine_forward_epilogue(state, shared.query[consumer], consumer, maps, params, address, cube);
-  }
+  if (threadIdx.x % kWarpgroupThreads == 0)
+    store_wait_read<0>();  // shared memory outlives the last store's reading
 }
 
 template <int kHeadDim, class T>
@@ -239,18 +265,19 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
   if (threadIdx.x == 0) {
     shared.ring.init();
     for (Barrier& barrier : shared.query_full) barrier.init(1);
+    for (Barrier& barrier : shared.query_empty) barrier.init(kWarpgroupThreads / kWarpThreads);
     fence_barrier_init();
+    for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value, &maps.out}) prefetch_map(*map);
   }
   __syncthreads();
 
-  FineForwardTask task = fine_forward_task<Kernel>(params);
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
-    if (warp_in_warpgroup() == 0) fine_forward_produce<Kernel>(shared, maps, params, task);
+    if (warp_in_warpgroup() == 0) fine_forward_produce<Kernel>(shared, maps, params);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
-    fine_forward_consume<Kernel>(shared, maps, params, task, warpgroup);
+    fine_forward_consume<Kernel>(shared, maps, params, warpgroup);
   }
 }
 

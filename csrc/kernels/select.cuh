@@ -10,9 +10,8 @@
 // and fills a row's list from its front, the other takes the upper half downwards and fills it from its back:
 // neither needs the other's count.
 //
-//   producer warp   keys of pass 0 .. (half 0, half 1, half 0, ...) | pass 1 .. | ...             (ring, runs
-//   ahead) warpgroups      scores, count | barrier | find bin, clear bins | barrier | scores, count ...  |
-//   scores, write
+//   producer warp | keys of pass 0 | keys of pass 1, as far as the rings reach | ...
+//   warpgroups    | scores, count  | find the bin, clear the bins | scores, count | ...  | scores, write
 #pragma once
 
 #include "kernels/cube_tile.cuh"
@@ -38,7 +37,7 @@ struct Select {
   static constexpr int kRowGroups = kRowGroups_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRowGroups * kCubeTokens;
-  static constexpr int kStages = select_stages(kHeadDim);
+  static constexpr int kStages = select_stages(kRowGroups, kHeadDim);
   static constexpr int kConsumerThreads = kRowGroups * kSelectKeyHalves * kWarpgroupThreads;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
@@ -46,15 +45,14 @@ struct Select {
   struct Shared {
     union {
       Tile query[kRowGroups];  // until it is in registers
-      Bins bins[kRows];        // bin b of row r lies at b ^ bin_swizzle(r)
+      Bins bins[kRows];        // bin b of row r lies at b ^ select_bin_swizzle(r)
     };
-    Tile keys[kStages];
+    Tile keys[kSelectKeyHalves][kStages];  // a ring for each half
     SelectRow rows[kRows];
     uint32_t undecided[kSelectPasses];  // not 0: after this pass, some row has more candidates than wanted
     Barrier query_full;
-    Barrier
-        decided[kSelectPasses];  // undecided is final; one each, as the producer may look after the next pass
-    Barrier full[kStages], empty[kStages];
+    Barrier decided[kSelectPasses];  // `undecided` is final; the producer may look a pass late
+    Barrier full[kSelectKeyHalves][kStages], empty[kSelectKeyHalves][kStages];
   };
   static_assert(sizeof(Shared) == select_shared_bytes(kRowGroups, kHeadDim));
 };
@@ -63,8 +61,9 @@ struct Select {
 struct SelectTask {
   int batch, head, first_row, rows, tiles;
 
-  // Tile number `step` of a pass: even steps go up from the first tile, odd ones down from the last.
-  VSA_DEVICE int tile(int step) const { return step % 2 == 0 ? step / 2 : tiles - 1 - step / 2; }
+  // The lower half of the keys, which has the odd tile, upwards; the upper half downwards.
+  VSA_DEVICE int half_tiles(int key_half) const { return (tiles + 1 - key_half) / 2; }
+  VSA_DEVICE int tile(int key_half, int i) const { return key_half == 0 ? i : tiles - 1 - i; }
 };
 
 template <class Kernel>
@@ -76,10 +75,8 @@ VSA_DEVICE SelectTask select_task(const SelectParams& params) {
           int(ceil_div(params.num_cubes, kCubeTokens))};
 }
 
-template <class Kernel>
-VSA_DEVICE RingPosition<Kernel::kStages> select_position(int step) {
-  return {step % Kernel::kStages, uint32_t(step / Kernel::kStages) & 1};
-}
+// The lowest of the 8 bits that counting pass `pass` looks at.
+VSA_DEVICE int select_shift(int pass) { return 24 - 8 * pass; }
 
 // Whether the pass after counting pass `pass` is the last one.
 template <class Kernel>
@@ -99,13 +96,19 @@ VSA_DEVICE void select_produce(typename Kernel::Shared& shared, const SelectMaps
     load_cube(shared.query[i], maps.query, params.query,
               {task.batch, task.head, {0, 0, task.first_row + i * kCubeTokens}}, shared.query_full);
   }
+  auto load_tile = [&shared, &maps, &params, &task](int half, RingPosition<Kernel::kStages>& at, int tile) {
+    Barrier& full = shared.full[half][at.stage];
+    shared.empty[half][at.stage].wait(at.phase ^ 1);
+    full.arrive_expect(sizeof(typename Kernel::Tile));
+    load_cube(shared.keys[half][at.stage], maps.key, params.key,
+              {task.batch, task.head, {0, 0, tile * kCubeTokens}}, full);
+    at.advance();
+  };
+  RingPosition<Kernel::kStages> up, down;
   for (int pass = 0;; pass++) {
-    for (int step = 0; step < task.tiles; step++) {
-      RingPosition<Kernel::kStages> at = select_position<Kernel>(pass * task.tiles + step);
-      shared.empty[at.stage].wait(at.phase ^ 1);
-      shared.full[at.stage].arrive_expect(sizeof(shared.keys[0]));
-      load_cube(shared.keys[at.stage], maps.key, params.key,
-                {task.batch, task.head, {0, 0, task.tile(step) * kCubeTokens}}, shared.full[at.stage]);
+    for (int i = 0; i < task.half_tiles(0); i++) {
+      load_tile(0, up, task.tile(0, i));
+      if (i < task.half_tiles(1)) load_tile(1, down, task.tile(1, i));
     }
     if (pass == 0) continue;
     shared.decided[pass - 1].wait(0);
@@ -133,6 +136,7 @@ struct SelectConsumer {
   const SelectParams& params;
   const SelectTask& task;
   int row_group, key_half;
+  RingPosition<Kernel::kStages> at;
   HalfTile<typename Kernel::T, Kernel::kHeadDim> query;
 
   // Row in the CTA.
@@ -142,22 +146,22 @@ struct SelectConsumer {
 // Calls visit(first_column, keys) for each tile of this warpgroup's key half; keys lie as the scores do in a
 // FloatTile, kSelectNoKey in columns beyond the last cube.
 template <class Kernel, class Visit>
-VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, int pass, Visit visit) {
-  for (int step = self.key_half; step < self.task.tiles; step += kSelectKeyHalves) {
-    RingPosition<Kernel::kStages> at = select_position<Kernel>(pass * self.task.tiles + step);
-    self.shared.full[at.stage].wait(at.phase);
+VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, Visit visit) {
+  for (int step = 0; step < self.task.half_tiles(self.key_half); step++) {
+    self.shared.full[self.key_half][self.at.stage].wait(self.at.phase);
     FloatTile<kCubeTokens> scores;
     mma_fence();
-    mma_ABt(scores, self.query, self.shared.keys[at.stage], false);
+    mma_ABt(scores, self.query, self.shared.keys[self.key_half][self.at.stage], false);
     mma_commit();
     mma_wait<0>(scores);
     __syncwarp();
-    if (elect_one()) self.shared.empty[at.stage].arrive();
+    if (elect_one()) self.shared.empty[self.key_half][self.at.stage].arrive();
+    self.at.advance();
 
     int32_t keys[scores.kRegisters];
 #pragma unroll
     for (int i = 0; i < scores.kRegisters; i++) keys[i] = select_key(scores.data[i] * self.params.scale);
-    int first_column = self.task.tile(step) * kCubeTokens;
+    int first_column = self.task.tile(self.key_half, step) * kCubeTokens;
     int columns = self.params.num_cubes - first_column;
     if (columns < kCubeTokens) {
 #pragma unroll
@@ -169,9 +173,10 @@ VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, int pass, Visit visit
   }
 }
 
-// Counts the 8 bits from `shift` up of the keys that agree with their row's prefix above.
+// Counts the bits of this pass in the keys that agree with their row's prefix above them.
 template <class Kernel>
-VSA_DEVICE void select_count(SelectConsumer<Kernel>& self, int pass, int shift) {
+VSA_DEVICE void select_count(SelectConsumer<Kernel>& self, int pass) {
+  int shift = select_shift(pass);
   uint32_t* bins[2];
   uint32_t flip[2];
 #pragma unroll
@@ -180,7 +185,7 @@ VSA_DEVICE void select_count(SelectConsumer<Kernel>& self, int pass, int shift) 
     bins[half] = self.shared.bins[row];
     flip[half] = self.shared.rows[row].prefix ^ uint32_t(kSelectNoKey) ^ select_bin_swizzle(row) << shift;
   }
-  select_sweep(self, pass, [&bins, &flip, shift](int, const int32_t (&keys)[32]) {
+  select_sweep(self, [&bins, &flip, shift](int, const int32_t (&keys)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) {
       uint32_t bin = (keys[i] ^ flip[i / 2 % 2]) >> shift;
@@ -265,9 +270,10 @@ VSA_DEVICE uint64_t select_choose(SelectList& list, uint64_t above, uint64_t can
   return chosen;
 }
 
-// The last pass; the candidates of a row have its prefix above `shift`.
+// The last pass: every key above its row's candidates, and of these the lowest columns.
 template <class Kernel, bool kDown>
-VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass, int shift) {
+VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass) {
+  int32_t below = (1 << select_shift(pass - 1)) - 1;  // the bits under the prefixes
   const SelectParams& params = self.params;
   SelectList lists[2];
   int32_t lowest[2];
@@ -282,11 +288,11 @@ VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass, int shift) 
         kDown ? SelectList{params.topk, state.candidates - state.wanted} : SelectList{0, state.wanted};
     lowest[half] = int32_t(state.prefix ^ uint32_t(kSelectNoKey));
   }
-  auto visit = [&lists, &lowest, &params, rows_left, indices, shift](int first_column,
+  auto visit = [&lists, &lowest, &params, rows_left, indices, below](int first_column,
                                                                      const int32_t (&keys)[32]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      int32_t highest = lowest[half] | ((1 << shift) - 1);
+      int32_t highest = lowest[half] | below;
       uint32_t above[2] = {0, 0}, at_least[2] = {0, 0};  // bit a column, 32 in each
 #pragma unroll
       for (int i = 0; i < 16; i++) {
@@ -313,7 +319,7 @@ VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass, int shift) 
       }
     }
   };
-  select_sweep(self, pass, visit);
+  select_sweep(self, visit);
 }
 
 template <class Kernel>
@@ -333,14 +339,13 @@ VSA_DEVICE void select_consume(SelectConsumer<Kernel>& self) {
   }
   named_barrier_sync(kBarrier, kThreads);
 
-  int pass = 0, shift;
+  int pass = 0;
   do {
-    shift = 32 - 8 * (pass + 1);
-    select_count(self, pass, shift);
+    select_count(self, pass);
     named_barrier_sync(kBarrier, kThreads);  // all keys are counted
 
     int row = self.row(self.key_half);
-    SelectRow state = select_find_bin(shared.bins[row], row, shared.rows[row], shift);
+    SelectRow state = select_find_bin(shared.bins[row], row, shared.rows[row], select_shift(pass));
     __syncwarp();  // the quad has read the row
     if (lane_id() % 4 == 0) shared.rows[row] = state;
     bool undecided = row < self.task.rows && state.candidates > state.wanted;
@@ -350,9 +355,9 @@ VSA_DEVICE void select_consume(SelectConsumer<Kernel>& self) {
   } while (!select_finished<Kernel>(shared, pass++));
 
   if (self.key_half == 0) {
-    select_write<Kernel, false>(self, pass, shift);
+    select_write<Kernel, false>(self, pass);
   } else {
-    select_write<Kernel, true>(self, pass, shift);
+    select_write<Kernel, true>(self, pass);
   }
 }
 
@@ -378,9 +383,11 @@ VSA_DEVICE void select(const SelectMaps& maps, const SelectParams& params) {
 
   if (threadIdx.x == 0) {
     shared.query_full.init(1);
-    for (int i = 0; i < Kernel::kStages; i++) {
-      shared.full[i].init(1);
-      shared.empty[i].init(kRowGroups * kWarpgroupThreads / kWarpThreads);
+    for (int half = 0; half < kSelectKeyHalves; half++) {
+      for (int i = 0; i < Kernel::kStages; i++) {
+        shared.full[half][i].init(1);
+        shared.empty[half][i].init(kRowGroups * kWarpgroupThreads / kWarpThreads);
+      }
     }
     for (int i = 0; i < kSelectPasses; i++) {
       shared.decided[i].init(1);
@@ -393,7 +400,7 @@ VSA_DEVICE void select(const SelectMaps& maps, const SelectParams& params) {
   int warpgroup = warpgroup_id();
   if (warpgroup < kRowGroups * kSelectKeyHalves) {
     SelectConsumer<Kernel> consumer{
-        shared, params, task, warpgroup / kSelectKeyHalves, warpgroup % kSelectKeyHalves, {}};
+        shared, params, task, warpgroup / kSelectKeyHalves, warpgroup % kSelectKeyHalves, {}, {}};
     select_consume(consumer);
   } else if (elect_one()) {
     select_produce<Kernel>(shared, maps, params, task);

@@ -24,14 +24,15 @@ constexpr int kSelectCtasOfOneRowGroup = 132;
 constexpr int kSelectKeyHalves = 2;
 constexpr int select_threads(int row_groups) { return row_groups * kSelectKeyHalves * 128 + 32; }
 
-// As many as let two CTAs with one row group run on an SM at head_dim 128.
-constexpr int select_stages(int head_dim) { return head_dim == 128 ? 3 : 4; }
+// Of the ring of each key half; what shared memory holds beside the bins of two row groups.
+constexpr int select_stages(int row_groups, int head_dim) { return 512 / head_dim / row_groups; }
 
 constexpr int select_shared_bytes(int row_groups, int head_dim) {
   int rows = row_groups * kCubeTokens;
-  int barriers = 1 + kSelectPasses + 2 * select_stages(head_dim);
+  int stages = kSelectKeyHalves * select_stages(row_groups, head_dim);
+  int barriers = 1 + kSelectPasses + 2 * stages;
   return round_up(rows * (kSelectBins * 4 + kSelectRowStateBytes) +
-                      select_stages(head_dim) * kCubeTokens * head_dim * kHalfBytes + kSelectPasses * 4 +
+                      stages * kCubeTokens * head_dim * kHalfBytes + kSelectPasses * 4 +
                       barriers * kBarrierBytes,
                   kTileAlignment);
 }

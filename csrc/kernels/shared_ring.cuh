@@ -58,13 +58,20 @@ struct RingSource {
   int batch, head;
 };
 
-// The whole producer warp. `extra(stage, block, full)` runs in one thread after the tiles' loads are issued
-// and may add loads; it returns nothing, their bytes are `extra_bytes`.
-template <class Ring, int kLists, class Extra>
-VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource& source, int extra_bytes,
-                        Extra extra) {
+// Where a producer stands; kept from one task of a CTA to the next.
+template <class Ring>
+struct RingProducer {
   RingPosition<Ring::kStages> at;
   uint32_t landed_phase = 0;
+};
+
+// The whole producer warp: one task's tiles, then a stage without members. `extra(stage, block, full)` runs
+// in one thread after the tiles' loads are issued and may add loads; it returns nothing, their bytes are
+// `extra_bytes`.
+template <class Ring, int kLists, class Extra>
+VSA_DEVICE void produce(Ring& ring, RingProducer<Ring>& producer, MergedList<kLists>& lists,
+                        const RingSource& source, int extra_bytes, Extra extra) {
+  RingPosition<Ring::kStages>& at = producer.at;
   int block;
   while (uint32_t members = lists.next(block)) {
     CubeAddress cube{source.batch, source.head, source.grid.origin(block)};
@@ -84,8 +91,8 @@ VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource&
     __syncwarp();
     if (clear) {
       // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
-      ring.landed.wait(landed_phase);
-      landed_phase ^= 1;
+      ring.landed.wait(producer.landed_phase);
+      producer.landed_phase ^= 1;
       zero_rows(ring.first[at.stage], prefix);
       zero_rows(ring.second[at.stage], prefix);
       fence_async_shared();  // wgmma reads the zeros through the async proxy
@@ -101,6 +108,7 @@ VSA_DEVICE void produce(Ring& ring, MergedList<kLists>& lists, const RingSource&
     ring.full[at.stage].arrive();
   }
   __syncwarp();
+  at.advance();
 }
 
 }  // namespace vsa

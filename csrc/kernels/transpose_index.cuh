@@ -34,15 +34,16 @@ VSA_DEVICE void transpose_walk(const TransposeIndexParams& params, const Transpo
   int queries_per_cta = round_up(ceil_div(params.num_q_blocks, kTransposeCtas), kWarpThreads);
   int first = cluster_cta() * queries_per_cta;
   int end = min(first + queries_per_cta, params.num_q_blocks);
+  int warp = warp_id();
   for (int group = first; group < end; group += kWarpThreads) {
-    int query = group + warp_id();
+    int query = group + warp;
     if (query < end) {
       int count = params.lists.count(batch, head, query);
       const int32_t* list = params.lists.list(batch, head, query);
 #pragma unroll 4
       for (int i = lane_id(); i < count; i += kWarpThreads) {
         uint32_t key = list[i] - first_key;
-        if (key < uint32_t(keys)) atomicOr(shared.masks + key, 1u << warp_id());
+        if (key < uint32_t(keys)) atomicOr(shared.masks + key, 1u << warp);
       }
     }
     __syncthreads();
@@ -56,20 +57,20 @@ VSA_DEVICE void transpose_walk(const TransposeIndexParams& params, const Transpo
 
 // Exclusive sum over the CTA's threads; *sum becomes the sum over all. Two barriers.
 VSA_DEVICE int exclusive_scan(int value, int* warp_totals, int& sum) {
-  int inclusive = value;
+  int inclusive = value, warp = warp_id();
 #pragma unroll
   for (int lanes = 1; lanes < kWarpThreads; lanes *= 2) {
     int below = __shfl_up_sync(0xffffffffu, inclusive, lanes);
     if (lane_id() >= lanes) inclusive += below;
   }
-  if (lane_id() == kWarpThreads - 1) warp_totals[warp_id()] = inclusive;
+  if (lane_id() == kWarpThreads - 1) warp_totals[warp] = inclusive;
   __syncthreads();
   int warps_before = 0;
   sum = 0;
 #pragma unroll
-  for (int warp = 0; warp < kTransposeThreads / kWarpThreads; warp++) {
-    int total = warp_totals[warp];
-    if (warp < warp_id()) warps_before += total;
+  for (int i = 0; i < kTransposeThreads / kWarpThreads; i++) {
+    int total = warp_totals[i];
+    if (i < warp) warps_before += total;
     sum += total;
   }
   __syncthreads();

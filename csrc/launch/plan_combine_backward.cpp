@@ -59,7 +59,7 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
   params.vector_gate_coarse = has_vector_rows(params.gate_coarse);
   params.grad_fine = pointer<void>(arguments.grad_fine);
   params.delta = pointer<float>(arguments.delta);
-  params.grad_coarse = pointer<float>(arguments.grad_coarse);
+  params.grad_coarse = pointer<void>(arguments.grad_coarse);
   params.grad_gate_fine = pointer<void>(arguments.grad_gate_fine);
   params.grad_gate_coarse = pointer<void>(arguments.grad_gate_coarse);
   params.scalar_fine = pointer<float>(arguments.scalar_fine);

@@ -21,8 +21,6 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   // Bulk copies of 256-byte rows.
   check_argument(arguments.lse % 16 == 0 && arguments.delta % 16 == 0,
                  "lse, delta: got an address that is not 16-byte aligned; copy the tensor");
-  check_argument(std::isfinite(arguments.scale), "scale: got ", arguments.scale,
-                 ", expected a finite number");
 
   plan.kernel = kernel_name(kernel, query.head_dim, query.type);
   plan.block[0] = kBackwardThreads;
@@ -36,6 +34,8 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   constexpr double kLog2OfE = 1.4426950408889634;
   params.scale = float(arguments.scale);
   params.scale_log2 = float(arguments.scale * kLog2OfE);
+  check_argument(std::isfinite(params.scale_log2), "scale: got ", arguments.scale,
+                 ", expected a finite number");
   params.heads = int32_t(query.heads);
   return params;
 }
@@ -79,8 +79,8 @@ LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
   params.q_offsets = pointer<const int32_t>(arguments.q_offsets);
   params.q_indices = pointer<const int32_t>(arguments.q_indices);
   params.q_indices_per_head = arguments.q_indices_per_head;
-  params.dk_pooled = pointer<const float>(arguments.dk_pooled);
-  params.dv_pooled = pointer<const float>(arguments.dv_pooled);
+  params.dk_pooled = pointer<const void>(arguments.dk_pooled);
+  params.dv_pooled = pointer<const void>(arguments.dv_pooled);
   plan.set_params(params);
   plan.grid[0] = ctas(arguments, arguments.kv_grid, "fine_backward_kv");
   plan.shared_bytes = fine_backward_kv_shared_bytes(arguments.query.head_dim);
@@ -93,7 +93,7 @@ LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   add_inputs(plan, params, arguments);
   params.grad_query = add_gradient(plan, arguments.grad_query, arguments.query, arguments.q_grid, "dq");
   params.lists = arguments.lists;
-  params.dq_pooled = pointer<const float>(arguments.dq_pooled);
+  params.dq_pooled = pointer<const void>(arguments.dq_pooled);
   plan.set_params(params);
   plan.grid[0] = ctas(arguments, arguments.q_grid, "fine_backward_q");
   plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);

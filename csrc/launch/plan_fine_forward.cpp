@@ -1,5 +1,6 @@
 #include "launch/plan_fine_forward.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/fine_forward_params.h"
@@ -82,10 +83,11 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = float(arguments.scale * kLog2E);
   params.heads = int32_t(query.heads);
-  plan.set_params(params);
-
   int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(query.head_dim));
-  plan.grid[0] = checked_grid(groups * query.heads * query.batch, "fine_forward");
+  params.num_tasks = int32_t(checked_grid(groups * query.heads * query.batch, "fine_forward"));
+  plan.set_params(params);
+  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
   plan.block[0] = fine_forward_threads(query.head_dim);
   plan.shared_bytes = fine_forward_shared_bytes(query.head_dim);
   return plan;

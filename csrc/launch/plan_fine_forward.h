@@ -31,6 +31,7 @@ struct FineForwardArguments {
   uint64_t coarse = 0;                          // [batch, heads, coarse cubes, head_dim] packed, or 0
   Gate gate_fine, gate_coarse;
   double scale = 1.0;
+  int num_sms = 1;  // of the device: CTAs stay and take task after task
 };
 
 LaunchPlan plan_fine_forward(const FineForwardArguments& arguments);

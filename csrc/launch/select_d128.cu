@@ -2,12 +2,12 @@
 
 namespace vsa {
 
-extern "C" __global__ void __launch_bounds__(select_threads(1), 2)
+extern "C" __global__ void __launch_bounds__(select_threads(1), 1)
     select_d128_bf16(const __grid_constant__ SelectMaps maps, const __grid_constant__ SelectParams params) {
   select<1, 128, bf16>(maps, params);
 }
 
-extern "C" __global__ void __launch_bounds__(select_threads(1), 2)
+extern "C" __global__ void __launch_bounds__(select_threads(1), 1)
     select_d128_fp16(const __grid_constant__ SelectMaps maps, const __grid_constant__ SelectParams params) {
   select<1, 128, fp16>(maps, params);
 }

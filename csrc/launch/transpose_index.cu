@@ -2,7 +2,7 @@
 
 namespace vsa {
 
-extern "C" __global__ void __launch_bounds__(kTransposeThreads, 1)
+extern "C" __global__ void __launch_bounds__(kTransposeThreads, 2)
     transpose_index(const __grid_constant__ TransposeIndexParams params) {
   transpose_lists(params);
 }

@@ -31,17 +31,19 @@ class NvccNotFound(RuntimeError):
 class Nvcc:
     path: Path
 
-    @property
-    def root(self) -> Path:
-        """The toolkit: the folder that holds bin/, include/ and lib/."""
-        return self.path.parent.parent
+    def toolkit(self) -> Path:
+        """The folder of include/ and lib/, by nvcc's own account: its path may be a link or a script."""
+        command = [self.path, "--dryrun", "-x", "cu", "-c", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        (top,) = (line.removeprefix("#$ TOP=") for line in log.splitlines() if line.startswith("#$ TOP="))
+        return Path(top).resolve()
 
     def environment(self, base=os.environ) -> dict[str, str]:
         """`base` plus what linking needs: PyPI wheels keep the runtime in lib/, nvcc looks in lib64/."""
-        env = dict(base)
-        if not (self.root / "lib64").is_dir():
+        env, toolkit = dict(base), self.toolkit()
+        if not (toolkit / "lib64").is_dir():
             known = env.get("LIBRARY_PATH")
-            env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(self.root / "lib"), known]))
+            env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(toolkit / "lib"), known]))
         return env
 
     def version(self) -> tuple[int, int]:

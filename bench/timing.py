@@ -1,0 +1,130 @@
+"""Interleaved timing: every backend once a round, so that clocks and temperature are the same for all."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+FEWEST, MOST = 5, 100  # rounds
+_WARMUP = 2
+
+
+@dataclass
+class Timing:
+    """Milliseconds of every round."""
+
+    timer: str  # graph | events | clock
+    l2: str  # warm | cold
+    samples: list[float] = field(default_factory=list)
+    note: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """90th minus 10th percentile."""
+        if len(self.samples) < 2:
+            return 0.0
+        deciles = statistics.quantiles(self.samples, n=10, method="inclusive")
+        return deciles[-1] - deciles[0]
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    l2: str = "warm",
+    budget_s: float = 3.0,
+    graphs: bool = True,
+) -> dict[str, Timing]:
+    """Times calls that are correct and have run before.
+
+    On a GPU each call becomes a CUDA graph where it can be captured ("graph"), else it is launched as usual
+    ("events"); both lie between two events. Before each timed call "warm" runs it untimed and "cold" writes
+    twice the size of L2; either also keeps the GPU busy while the timed launch is on its way. On a CPU the
+    clock is read ("clock") and l2 means nothing.
+
+    Args:
+        calls: by name; on a GPU they run on the current stream, which must not be the default one for graphs.
+        budget_s: about how long to go on; at least FEWEST and at most MOST rounds.
+    """
+    if device.type != "cuda":
+        return _on_cpu(calls, budget_s)
+    runs, timings = {}, {}
+    for name, call in calls.items():
+        for _ in range(_WARMUP):
+            call()
+        runs[name], timings[name] = _captured(call, l2) if graphs else (call, Timing("events", l2))
+    flush = None
+    if l2 == "cold":
+        flush = _larger_than_l2(device)
+    began, rounds = time.perf_counter(), 0
+    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - began < budget_s):
+        events = {}
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if flush is None:
+                run()
+            else:
+                flush.zero_()
+            begin.record()
+            run()
+            end.record()
+            events[name] = begin, end
+        torch.cuda.synchronize(device)
+        for name, (begin, end) in events.items():
+            timings[name].samples.append(begin.elapsed_time(end))
+        rounds += 1
+    return timings
+
+
+def _larger_than_l2(device: torch.device) -> torch.Tensor:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _captured(call: Callable, l2: str) -> tuple[Callable, Timing]:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        reason = str(error).strip().splitlines()[0]
+        return call, Timing("events", l2, note=f"not captured: {reason}")
+    return graph.replay, Timing("graph", l2)
+
+
+def _on_cpu(calls: dict[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
+    timings = {name: Timing("clock", "warm") for name in calls}
+    began, rounds = time.perf_counter(), 0
+    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - began < budget_s):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            timings[name].samples.append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+    return timings
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory that PyTorch's allocator held during the call beyond what it held before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return peak

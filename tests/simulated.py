@@ -1,0 +1,83 @@
+"""Runs vsa_cuda._kernels on CPU tensors: each launch executes the kernel's PTX in the simulator."""
+
+import contextlib
+import functools
+import pathlib
+from unittest import mock
+
+import poison
+import torch
+from simulator import compile_ptx, simulate
+
+from vsa_cuda import _extension
+
+NUM_SMS = 3  # so few that a resident CTA takes several tasks
+CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+
+
+@functools.cache
+def kernel_ptx(kernel: str) -> str:
+    """PTX of the file in csrc/launch that instantiates `kernel`."""
+    path = CSRC / "launch" / f"{kernel.rsplit('_', 1)[0]}.cu"
+    if not path.exists():
+        path = CSRC / "launch" / f"{kernel}.cu"
+    return compile_ptx(path, include_dirs=[CSRC])
+
+
+class SimulatedDevice:
+    """Global memory and launches of one context; `reports` has a simulator.Report for each launch."""
+
+    def __init__(self, inputs, seed):
+        self.seed = seed
+        self.inputs = [x for x in inputs if x is not None]
+        self.allocated = []
+        self.written = set()
+        self.unwritten = {}
+        self.reports = []
+
+    def launch(self, plan, tensor):
+        memory = [_storage(x) for x in _distinct(self.inputs)]
+        fresh = [x for x in _distinct(self.allocated) if x.numel()]
+        first_output = len(memory)
+        memory += [_storage(x) if x.data_ptr() in self.written else (_storage(x), "w") for x in fresh]
+        report = simulate(kernel_ptx(plan.kernel), plan, memory, seed=self.seed)
+        self.reports.append(report)
+        for index, x in enumerate(fresh, start=first_output):
+            if x.data_ptr() in self.written:
+                continue
+            self.unwritten[x.data_ptr()] = report.unwritten.get(index, 0)
+            if report.unwritten.get(index, 0) < x.numel() * x.element_size():
+                self.written.add(x.data_ptr())
+
+    def assert_written(self, *tensors):
+        """Every byte of each tensor was written by the first launch that wrote to it."""
+        for x in tensors:
+            assert x.data_ptr() in self.written, f"nothing was written to a tensor of shape {tuple(x.shape)}"
+            missing = self.unwritten[x.data_ptr()]
+            assert missing == 0, f"{missing} bytes of a tensor of shape {tuple(x.shape)} were not written"
+
+
+def _storage(tensor):
+    """All bytes of a tensor's storage, pads and gaps between its strides included."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def _distinct(tensors):
+    return list({x.untyped_storage().data_ptr(): x for x in tensors}.values())
+
+
+@contextlib.contextmanager
+def simulated_device(*inputs, seed=0):
+    """While active, kernels run in the simulator; `inputs` are all tensors they read but did not allocate."""
+    device = SimulatedDevice(inputs, seed)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_extension, "launch", device.launch))
+        stack.enter_context(mock.patch.object(_extension, "num_sms", lambda device: NUM_SMS))
+        allocate = torch.Tensor.new_empty
+
+        def new_empty(self, *args, **kwargs):
+            device.allocated.append(poison.poison(allocate(self, *args, **kwargs)))
+            return device.allocated[-1]
+
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
+        yield device

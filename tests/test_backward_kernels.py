@@ -1,0 +1,363 @@
+"""The backward's kernels, in the simulator and on a GPU: index, combination, the fine stage's two passes."""
+
+import functools
+
+import pytest
+import torch
+from attention_cases import EDGE_CASES, LINEAR, Case
+from inputs import random_index
+from tolerance import assert_within_tolerance, half_precision_baseline
+
+from vsa_cuda import _extension, _kernels, reference
+from vsa_cuda.geometry import CubeGrid
+
+pytestmark = pytest.mark.skipif(
+    not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
+)
+
+
+def run_simulated(function, *arguments, seed=0):
+    from simulated import simulated_device
+
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    with simulated_device(*tensors, seed=seed) as device:
+        results = function(*arguments)
+    device.assert_written(*(x for x in results if x.dim() and x.numel()))
+    return results
+
+
+def on_gpu(x):
+    """A copy with the same strides and pads."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def run_on_gpu(function, *arguments, seed=0):
+    return tuple(x.cpu() for x in function(*map(on_gpu, arguments)))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(run_simulated, marks=pytest.mark.simulator, id="simulator"),
+        pytest.param(run_on_gpu, marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def run(request, seed):
+    return functools.partial(request.param, seed=seed)
+
+
+# Transposed index.
+
+
+@pytest.mark.parametrize(
+    "batch, heads, num_q, num_kv, max_blocks",
+    [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (1, 2, 33, 4, 4), (1, 1, 300, 70, 5), (1, 1, 40, 1500, 33)],
+)
+def test_transpose_index_equals_reference(batch, heads, num_q, num_kv, max_blocks, run):
+    counts = torch.randint(0, max_blocks + 1, (batch, heads, num_q))
+    lists = random_index(num_q, num_kv, max_blocks, batch=batch, heads=heads, counts=counts)
+    expected = reference.transpose_index(*lists, num_kv)
+    for actual, exact in zip(run(_kernels.transpose_index, *lists, num_kv), expected, strict=True):
+        assert torch.equal(actual, exact)
+
+
+def test_transpose_index_of_expanded_lists(run):
+    counts, indices = random_index(9, 11, 4, batch=1, heads=1)
+    lists = counts.expand(2, 3, 9), indices.expand(2, 3, 9, 4)
+    expected = reference.transpose_index(*lists, 11)
+    for actual, exact in zip(run(_kernels.transpose_index, *lists, 11), expected, strict=True):
+        assert torch.equal(actual, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "num_q, num_kv, max_blocks", [(512, 512, 64), (100, 40_000, 200), (16_384, 16_384, 64)]
+)
+def test_transpose_index_at_size(num_q, num_kv, max_blocks, seed):
+    lists = random_index(num_q, num_kv, max_blocks, heads=2)
+    expected = reference.transpose_index(*lists, num_kv)
+    for actual, exact in zip(run_on_gpu(_kernels.transpose_index, *lists, num_kv), expected, strict=True):
+        assert torch.equal(actual, exact)
+
+
+# Combination.
+
+
+def gate_of(kind, shape, dtype):
+    if kind == "tensor":
+        return torch.randn(shape).to(dtype)
+    if kind == "strided":  # columns two apart
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
+    return torch.tensor(0.75) if kind == "scalar" else None
+
+
+def check_combine_backward(run, grid, shape, dtype, fine, coarse, with_lse=False, q_block_sizes=None):
+    grad_out, out_fine = (torch.randn(shape).to(dtype) for _ in range(2))
+    valid = grid.valid()
+    if q_block_sizes is not None:
+        valid = valid & (torch.arange(64) < q_block_sizes[:, None])
+        pads = ~valid.flatten()[grid.slot_of_token()]
+        grad_out[:, pads], out_fine[:, pads] = torch.nan, torch.nan
+    batch, _, heads, head_dim = shape
+    grad_lse = torch.randn(batch, heads, 1, 64).expand(-1, -1, grid.num_cubes, -1) if with_lse else None
+    pooled = None if coarse is None else torch.randn(batch, heads, grid.num_cubes, head_dim).to(dtype)
+    gates = [gate_of(kind, shape, dtype) for kind in (fine, coarse)]
+    values = [0.5 if kind == "float" else 1.0 for kind in (fine, coarse)]
+    results = run(
+        _kernels.combine_backward, grad_out, out_fine, grad_lse, pooled, *gates, *values, q_block_sizes,
+        grid.video_shape, grid.cube,
+    )  # fmt: skip
+    exact_gates = [v if g is None else g.double() for g, v in zip(gates, values, strict=True)]
+    expected = reference.combine_backward(
+        grad_out.double(), out_fine.double(), grad_lse, None if pooled is None else pooled.double(), grid,
+        *exact_gates, q_block_sizes,
+    )  # fmt: skip
+    if fine in (None, "none"):
+        expected = (None, *expected[1:])
+    names = ("grad_fine", "delta", "grad_coarse", "grad_gate_fine", "grad_gate_coarse")
+    for name, actual, exact in zip(names, results, expected, strict=True):
+        if exact is None:
+            assert actual.shape == (0,), name
+            continue
+        if q_block_sizes is not None and name in ("grad_fine", "grad_gate_fine", "grad_gate_coarse"):
+            assert not actual[:, pads].any(), f"{name} of pads"
+            actual, exact = actual[:, ~pads], exact[:, ~pads]
+        error = (actual.double() - exact).abs().max()
+        # delta comes from the rounded grad_fine.
+        eps = torch.finfo(actual.dtype if name != "delta" or fine is None else dtype).eps
+        assert error <= 8 * eps * exact.abs().max(), f"{name}: error {error:.2e}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor", "strided"])
+@pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor", "strided"])
+def test_combine_backward_equals_reference(fine, coarse, head_dim, run):
+    dtype = torch.bfloat16 if head_dim == 64 else torch.float16
+    check_combine_backward(run, CubeGrid((3, 5, 6)), (1, 90, 2, head_dim), dtype, fine, coarse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_combine_backward_of_ragged_blocks_with_lse(head_dim, run):
+    grid, sizes = CubeGrid.linear(200), torch.tensor([64, 0, 17, 5], dtype=torch.int32)
+    shape = (2, 200, 1, head_dim)
+    check_combine_backward(run, grid, shape, torch.bfloat16, None, None, with_lse=True, q_block_sizes=sizes)
+    check_combine_backward(run, grid, shape, torch.bfloat16, "tensor", "tensor", q_block_sizes=sizes)
+
+
+# Fine stage.
+
+
+def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None)):
+    """dq, dk, dv by the three kernels, as autograd calls them; out and lse as a forward gives them."""
+    _, delta, *_ = run(
+        _kernels.combine_backward, grad_out, out, grad_lse, None, None, None, 1.0, 0.0, case.q_block_sizes,
+        case.q_shape, case.cube,
+    )  # fmt: skip
+    transposed = run(_kernels.transpose_index, case.kv_num_blocks, case.kv_indices, case.kv_grid.num_cubes)
+    return run(
+        _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, case.kv_num_blocks,
+        case.kv_indices, *transposed, case.block_sizes, case.q_block_sizes, *pooled, case.q_shape,
+        case.kv_shape, case.cube, case.kv_cube, case.scale, True,
+    )  # fmt: skip
+
+
+def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None)):
+    out, lse = case.reference()
+    doubles = [None if x is None else x.double() for x in (grad_out, grad_lse)]
+    _, delta, *_ = reference.combine_backward(
+        doubles[0], out, doubles[1], None, case.q_grid, None, None, case.q_block_sizes
+    )
+    return out, lse, reference.fine_backward(
+        doubles[0], case.query.double(), case.key.double(), case.value.double(), lse, delta,
+        case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid, case.scale, case.block_sizes,
+        case.q_block_sizes, *pooled,
+    )  # fmt: skip
+
+
+def new_gradient(case):
+    """Like a gradient of out; NaN in the pads of ragged blocks."""
+    grad_out = case.randn(*case.query.shape).to(case.dtype)
+    if case.ragged:
+        grad_out[:, ~case._real(case.q_grid, case.q_block_sizes)] = torch.nan
+    return grad_out
+
+
+def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None)):
+    grad_out = new_gradient(case)
+    out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled)
+    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled)
+    baseline = half_precision_baseline(
+        case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
+        case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled,
+    )  # fmt: skip
+    for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
+        assert_within_tolerance(*versions, name)
+    return gradients
+
+
+@pytest.mark.parametrize("case", EDGE_CASES, ids=str)
+def test_fine_backward_equals_reference(case, run):
+    check_fine_backward(run, case)
+
+
+@pytest.mark.parametrize("trial", range(4))
+def test_fine_backward_of_random_shapes(trial, run, seed):
+    g = torch.Generator().manual_seed(1000 * seed + trial)
+    cubes = [(4, 4, 4), (1, 8, 8), (2, 4, 8), (8, 8, 1), (1, 1, 64), (64, 1, 1)]
+
+    def pick(*choices):
+        return choices[torch.randint(len(choices), (), generator=g)]
+
+    def shape():
+        return tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (7, 11, 13))
+
+    case = Case(
+        shape(), pick(*cubes), shape(), pick(*cubes), batch=pick(1, 2), heads=pick(1, 2),
+        head_dim=pick(64, 128), dtype=pick(torch.bfloat16, torch.float16), topk=pick(1, 2, 4),
+        layout=pick("bshd", "bhsd", "packed"), lists=pick("random", "dense", "empty", "disjoint"),
+        seed=1000 * seed + trial,
+    )  # fmt: skip
+    check_fine_backward(run, case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pooled_and_lse_gradients(head_dim, run, seed):
+    case = Case((3, 5, 6), kv_shape=(5, 4, 7), heads=2, head_dim=head_dim, topk=2, seed=seed)
+    cubes = [grid.num_cubes for grid in (case.q_grid, case.kv_grid, case.kv_grid)]
+    pooled = tuple((8 * case.randn(1, 2, count, head_dim)).to(case.dtype) for count in cubes)
+    grad_lse = case.randn(1, 2, case.q_grid.num_cubes, 64)
+    check_fine_backward(run, case, grad_lse, pooled)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_key_cubes_that_nobody_chose_get_zero(head_dim, run, seed):
+    case = Case((4, 4, 8), kv_shape=(4, 4, 20), head_dim=head_dim, topk=2, lists="one", seed=seed)
+    _, dk, dv = check_fine_backward(run, case)
+    unchosen = case.kv_grid.cube_of_token() >= 2
+    assert unchosen.any() and not dk[:, unchosen].any() and not dv[:, unchosen].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_slots_without_a_token_count_nothing(head_dim, run, seed):
+    """All scores are near -30: a slot without a token, whose score is 0, would weigh e^30 times a token."""
+    case = Case(
+        (3, 5, 6), head_dim=head_dim, dtype=torch.float16, lists="dense", scale=30 / head_dim, seed=seed
+    )
+    case.query = (1 + 0.05 * case.query.float()).to(case.dtype)
+    case.key = (-1 + 0.05 * case.key.float()).to(case.dtype)
+    check_fine_backward(run, case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lists_far_apart_do_not_deadlock(head_dim, run, seed):
+    """Between two cubes of one list lie more of its neighbour's than a ring has stages, in both passes."""
+    blocks = (1, 1, 64 * 16)
+    case = Case(blocks, LINEAR, blocks, LINEAR, head_dim=head_dim, topk=14, seed=seed)
+    case.kv_indices[0, 0] = torch.arange(1, 15)
+    case.kv_num_blocks[0, 0] = 14
+    for query in (0, 15):
+        case.kv_indices[0, 0, query, :2] = torch.tensor([0, 15])
+        case.kv_num_blocks[0, 0, query] = 2
+    check_fine_backward(run, case)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(6))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_schedule_gives_the_same_bits(head_dim, schedule, seed):
+    case = Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed)
+    run_schedule = functools.partial(run_simulated, seed=1000 * seed + schedule)
+    gradients = check_fine_backward(run_schedule, case)
+    for x, first in zip(gradients, first_schedule(head_dim, seed), strict=True):
+        assert torch.equal(x, first)
+
+
+@functools.cache
+def first_schedule(head_dim, seed):
+    case = Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed)
+    return check_fine_backward(functools.partial(run_simulated, seed=seed + 999), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_repeated_runs_give_the_same_bits(head_dim, seed):
+    first, *others = (
+        check_fine_backward(run_on_gpu, Case((8, 12, 20), heads=4, head_dim=head_dim, topk=12, seed=seed))
+        for _ in range(5)
+    )
+    for gradients in others:
+        for x, y in zip(first, gradients, strict=True):
+            assert torch.equal(x, y)
+
+
+# Host plans.
+
+SHARED_BYTES_OF_AN_SM = 227 * 1024
+
+
+def backward_plans(video=(9, 7, 6), head_dim=128, heads=3, batch=2, **changes):
+    C = _extension.load()
+    grid = C.CubeGrid(video_shape=video, cube=(4, 4, 4))
+    tokens = video[0] * video[1] * video[2]
+    strides = (tokens * heads * head_dim, heads * head_dim, head_dim, 1)
+    shape = (batch, tokens, heads, head_dim)
+    tensor = C.TokenTensor(address=1 << 20, shape=shape, strides=strides, dtype="bfloat16")
+    lists = [C.StridedTensor(address=1 << 20, strides=[1] * rank) for rank in (3, 4)]
+    arguments = {
+        "q_grid": grid, "kv_grid": grid, "kv_num_blocks": lists[0], "kv_indices": lists[1], "scale": 0.1,
+        "q_offsets": 1 << 20, "q_indices": 1 << 20, "q_indices_per_head": 5, "lse": 1 << 20, "delta": 1 << 20,
+    }  # fmt: skip
+    tensors = ("query", "key", "value", "grad_out", "grad_query", "grad_key", "grad_value")
+    optional = ("block_sizes", "q_block_sizes", "dq_pooled", "dk_pooled", "dv_pooled")
+    arguments |= dict.fromkeys(tensors, tensor) | dict.fromkeys(optional, 0) | changes
+    arguments = C.FineBackwardArguments(**arguments)
+    return C.plan_fine_backward_kv(arguments), C.plan_fine_backward_q(arguments)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fine_backward_plans(head_dim):
+    kv, q = backward_plans(head_dim=head_dim)
+    assert kv.kernel == f"fine_backward_kv_d{head_dim}_bf16" and len(kv.maps) == 6
+    assert q.kernel == f"fine_backward_q_d{head_dim}_bf16" and len(q.maps) == 5
+    for plan in (kv, q):
+        assert plan.grid == (6 * 6, 1, 1)  # 12 cubes in pairs, 3 heads, batch 2
+        assert plan.block == (384, 1, 1)
+        assert plan.shared_bytes <= SHARED_BYTES_OF_AN_SM
+
+
+def test_fine_backward_plan_of_a_million_tokens():
+    kv, q = backward_plans((61, 128, 128), heads=40, batch=1)
+    assert kv.grid == q.grid == (16 * 32 * 32 // 2 * 40, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lse": 0}, "lse: got a null pointer"),
+        ({"delta": (1 << 20) + 4}, "delta: got an address that is not 16-byte aligned"),
+        ({"q_offsets": 0}, "q_offsets, q_indices: got one of the two"),
+        ({"scale": float("nan")}, "scale: got nan"),
+    ],
+)
+def test_fine_backward_plan_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        backward_plans(**change)
+
+
+def test_transpose_index_plan():
+    C = _extension.load()
+    common = {
+        "kv_num_blocks": C.StridedTensor(address=1 << 20, strides=[1, 1, 1]),
+        "kv_indices": C.StridedTensor(address=1 << 20, strides=[1, 1, 1, 1]),
+        "q_offsets": 1 << 20,
+        "q_indices": 1 << 20,
+    }
+    plan = C.plan_transpose_index(shape=(2, 3, 100, 7), num_kv_blocks=50, **common)
+    assert plan.grid == (2 * 3 * 8, 1, 1) and plan.cluster == (8, 1, 1)
+    # Shared memory does not grow with the number of key blocks: the lists are walked again.
+    plan = C.plan_transpose_index(shape=(1, 1, 100, 7), num_kv_blocks=1 << 20, **common)
+    assert plan.shared_bytes <= SHARED_BYTES_OF_AN_SM
+    with pytest.raises(ValueError, match="kv_indices: got .* entries a head"):
+        C.plan_transpose_index(shape=(1, 1, 1 << 20, 1 << 12), num_kv_blocks=1 << 12, **common)

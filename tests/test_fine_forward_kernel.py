@@ -1,0 +1,135 @@
+"""The fine stage's forward kernel in the simulator, against the reference in float64."""
+
+import pytest
+import torch
+from attention_cases import EDGE_CASES, LINEAR, Case
+from simulated import simulated_device
+from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
+
+from vsa_cuda import _extension, _kernels, reference
+
+pytestmark = [
+    pytest.mark.simulator,
+    pytest.mark.skipif(
+        not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to simulate"
+    ),
+]
+
+
+def run(case, seed=0, **gates):
+    arguments = list(case.fine_arguments)
+    for position, name in enumerate(
+        ("coarse", "gate_fine", "gate_coarse", "gate_fine_value", "gate_coarse_value"), 7
+    ):
+        arguments[position] = gates.get(name, arguments[position])
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    with simulated_device(*tensors, seed=seed) as device:
+        out, out_fine, lse = _kernels.fine_forward(*arguments)
+    device.assert_written(out, lse)
+    return out, out_fine, lse
+
+
+def check(case, out, lse):
+    expected, expected_lse = case.reference()
+    baseline = half_precision_baseline(
+        case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
+        case.scale, block_sizes=case.block_sizes, q_block_sizes=case.q_block_sizes,
+    )[0]  # fmt: skip
+    assert_within_tolerance(out, expected, baseline, "out")
+    assert_lse_within_tolerance(lse, expected_lse)
+
+
+@pytest.mark.parametrize("case", EDGE_CASES, ids=str)
+def test_fine_forward_equals_reference(case, seed):
+    out, _, lse = run(case, seed)
+    check(case, out, lse)
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_random_shapes(trial, seed):
+    g = torch.Generator().manual_seed(1000 * seed + trial)
+    cubes = [(4, 4, 4), (1, 8, 8), (2, 4, 8), (8, 8, 1), (1, 1, 64), (64, 1, 1)]
+
+    def pick(*choices):
+        return choices[torch.randint(len(choices), (), generator=g)]
+
+    def shape():
+        return tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (7, 11, 13))
+
+    case = Case(
+        shape(), pick(*cubes), shape(), pick(*cubes), batch=pick(1, 2), heads=pick(1, 2),
+        head_dim=pick(64, 128), dtype=pick(torch.bfloat16, torch.float16),
+        layout=pick("bshd", "bhsd", "packed"), topk=pick(1, 2, 4),
+        lists=pick("random", "dense", "empty", "disjoint"), seed=1000 * seed + trial,
+    )  # fmt: skip
+    out, _, lse = run(case, seed)
+    check(case, out, lse)
+
+
+@pytest.mark.parametrize("schedule", range(20))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_schedule_gives_the_same_bits(head_dim, schedule, seed):
+    case = Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed)
+    out, _, lse = run(case, 1000 * seed + schedule)
+    if schedule == 0:
+        check(case, out, lse)
+    first, _, first_lse = first_schedule(head_dim, seed)
+    assert torch.equal(out, first) and torch.equal(lse, first_lse)
+
+
+_first = {}
+
+
+def first_schedule(head_dim, seed):
+    if head_dim not in _first:
+        _first[head_dim] = run(Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed), 7)
+    return _first[head_dim]
+
+
+def test_lists_far_apart_do_not_deadlock(seed):
+    """One row holds the first and the last block, its neighbour all between: more than a ring has stages."""
+    case = Case((1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 64 * 24), kv_cube=LINEAR, head_dim=64, topk=22)
+    case.kv_indices[0, 0, 0, :2] = torch.tensor([0, 23])
+    case.kv_indices[0, 0, 1] = torch.arange(1, 23)
+    case.kv_num_blocks[0, 0] = torch.tensor([2, 22])
+    out, _, lse = run(case, seed)
+    check(case, out, lse)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
+@pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])
+def test_gates_in_the_epilogue(fine, coarse, head_dim, seed):
+    case = Case((3, 5, 6), head_dim=head_dim, heads=2, topk=2, seed=seed)
+    pooled = case.randn(1, 2, case.q_grid.num_cubes, head_dim).to(case.dtype)
+
+    def gate(kind, name):
+        if kind == "tensor":  # any strides: columns two apart
+            return {f"gate_{name}": case.randn(1, 90, 2, 2 * head_dim).to(case.dtype)[..., ::2]}
+        if kind == "scalar":
+            return {f"gate_{name}": torch.tensor(0.75)}
+        return {f"gate_{name}_value": 0.5} if kind == "float" else {}
+
+    gates = gate(fine, "fine") | (gate(coarse, "coarse") if coarse else {"gate_coarse_value": 1.0})
+    out, out_fine, _ = run(case, seed, coarse=pooled, **gates)
+    exact_fine, _ = case.reference()
+
+    def value(name):
+        x = gates.get(f"gate_{name}", gates.get(f"gate_{name}_value"))
+        return x.double() if isinstance(x, torch.Tensor) else x
+
+    exact = reference.combine(exact_fine, pooled.double(), case.q_grid, value("fine"), value("coarse"))
+    bound = 4 * torch.finfo(case.dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= bound
+    assert (out_fine.double() - exact_fine).abs().max() <= bound
+
+
+def test_inference_stores_no_fine_output(seed):
+    case = Case((3, 5, 6), topk=2, seed=seed)
+    pooled = case.randn(1, 1, case.q_grid.num_cubes, 64).to(case.dtype)
+    arguments = list(case.fine_arguments)
+    arguments[7], arguments[-1] = pooled, False
+    with simulated_device(*(x for x in arguments if isinstance(x, torch.Tensor)), seed=seed) as device:
+        out, out_fine, _ = _kernels.fine_forward(*arguments)
+    device.assert_written(out)
+    assert out_fine.numel() == 0

@@ -1,0 +1,320 @@
+"""Host plans without a GPU: tensor maps over any layout, coordinates, grids, and errors."""
+
+import math
+import struct
+from unittest import mock
+
+import pytest
+import torch
+
+from vsa_cuda import _extension, _kernels
+from vsa_cuda.geometry import CubeGrid
+
+pytestmark = pytest.mark.skipif(
+    not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to test"
+)
+
+BASE = 1 << 20  # where the tensors of these tests would lie; nothing is read
+SHARED_LIMIT = 227 * 1024
+LAYOUTS = ["bshd", "bhsd", "packed", "sliced"]
+
+
+def meta(layout, batch, tokens, heads, head_dim, dtype=torch.bfloat16):
+    """A [batch, tokens, heads, head_dim] view without memory."""
+    if layout == "bhsd":
+        return torch.empty(batch, heads, tokens, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    if layout == "packed":
+        qkv = torch.empty(batch, tokens, 3, heads, head_dim, dtype=dtype, device="meta")
+        return qkv[:, :, 1]
+    if layout == "sliced":
+        wider = torch.empty(batch, tokens + 5, heads + 2, head_dim + 8, dtype=dtype, device="meta")
+        return wider[:, :tokens, :heads, :head_dim]
+    return torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device="meta")
+
+
+def token_tensor(tensor, address=BASE, **changes):
+    arguments = {
+        "address": address + tensor.storage_offset() * tensor.element_size(),
+        "shape": tuple(tensor.shape),
+        "strides": tensor.stride(),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+    return _extension.load().TokenTensor(**(arguments | changes))
+
+
+def contiguous(batch=1, tokens=64, heads=1, head_dim=128, **changes):
+    return token_tensor(meta("bshd", batch, tokens, heads, head_dim), **changes)
+
+
+def host_grid(video_shape, cube=(4, 4, 4)):
+    return _extension.load().CubeGrid(video_shape=video_shape, cube=cube)
+
+
+def plan_pool(tensors, video_shape, cube=(4, 4, 4), outputs=(16, 32, 48)):
+    C = _extension.load()
+    return C.plan_pool(inputs=tensors, grid=host_grid(video_shape, cube), outputs=list(outputs))
+
+
+def pool_coordinates(plan):
+    """(head_in_columns, head_in_outer, batch_in_outer) of each input, and the outputs."""
+    numbers = struct.unpack_from("18i3Q", plan.params)
+    return [numbers[9 + 3 * i : 12 + 3 * i] for i in range(3)], numbers[18:21]
+
+
+def check_map(tensor_map):
+    """What cuTensorMapEncodeTiled asks of a map."""
+    assert 1 <= len(tensor_map.extents) <= 5
+    assert len(tensor_map.box) == len(tensor_map.extents) == len(tensor_map.strides) + 1
+    assert tensor_map.address % 16 == 0
+    assert all(1 <= extent <= 1 << 32 for extent in tensor_map.extents)
+    assert all(0 <= stride < 1 << 40 and stride % 16 == 0 for stride in tensor_map.strides)
+    assert all(1 <= size <= 256 for size in tensor_map.box)
+    element = 4 if tensor_map.element_type == "float32" else 2
+    row = tensor_map.box[0] * element
+    assert row % 16 == 0 and (tensor_map.swizzle == 0 or row <= tensor_map.swizzle)
+
+
+def box_addresses(tensor_map, coordinates):
+    """Address of every element of a box, dimension 0 fastest; -1 where it is out of range."""
+    index = torch.zeros(1, dtype=torch.int64)
+    valid = torch.ones(1, dtype=torch.bool)
+    element = 4 if tensor_map.element_type == "float32" else 2
+    strides = (element, *tensor_map.strides)
+    for size, first, extent, stride in zip(
+        tensor_map.box, coordinates, tensor_map.extents, strides, strict=True
+    ):
+        position = first + torch.arange(size)
+        index = (position[:, None] * stride + index).flatten()
+        valid = ((position >= 0) & (position < extent))[:, None].logical_and(valid).flatten()
+    return torch.where(valid, tensor_map.address + index, -1)
+
+
+def expected_addresses(tensor, grid, batch, head, cube, panel):
+    """The same from the tensor's strides and the geometry of Python."""
+    tokens = grid.token_index()[cube]
+    columns = 64 * panel + torch.arange(64)
+    offset = tokens[:, None] * tensor.stride(1) + columns + batch * tensor.stride(0) + head * tensor.stride(2)
+    address = BASE + (tensor.storage_offset() + offset) * tensor.element_size()
+    return torch.where(grid.valid()[cube][:, None], address, -1).flatten()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(
+    ("video_shape", "cube"),
+    [((5, 6, 7), (4, 4, 4)), ((1, 1, 130), (1, 1, 64)), ((3, 9, 5), (1, 8, 8)), ((1, 1, 1), (64, 1, 1))],
+)
+def test_boxes_hold_the_cubes(layout, batch, heads, video_shape, cube):
+    grid = CubeGrid(video_shape, cube)
+    tensor = meta(layout, batch, grid.num_tokens, heads, 128)
+    plan = plan_pool([token_tensor(tensor)] * 3, video_shape, cube)
+    in_columns, in_outer, batch_in_outer = pool_coordinates(plan)[0][0]
+    check_map(plan.maps[0])
+    sides = [torch.arange(0, size, side).tolist() for size, side in zip(video_shape, cube, strict=True)]
+    origins = [(t, h, w) for t in sides[0] for h in sides[1] for w in sides[2]]
+    for b in range(batch):
+        for head in range(heads):
+            for number, (t, h, w) in enumerate(origins):
+                for panel in range(2):
+                    outer = b * batch_in_outer + head * in_outer
+                    at = (head * in_columns + 64 * panel, w, h, t, outer)
+                    found = box_addresses(plan.maps[0], at)
+                    assert torch.equal(found, expected_addresses(tensor, grid, b, head, number, panel))
+
+
+@pytest.mark.parametrize(
+    ("video_shape", "cube"), [((5, 6, 7), (4, 4, 4)), ((2, 17, 3), (2, 8, 4)), ((1, 1, 130), (1, 1, 64))]
+)
+def test_host_grid_equals_geometry(video_shape, cube):
+    grid, host = CubeGrid(video_shape, cube), host_grid(video_shape, cube)
+    assert host.num_cubes == grid.num_cubes and host.num_tokens == grid.num_tokens
+    expected = torch.where(grid.valid(), grid.token_index(), -1).tolist()
+    for number in range(grid.num_cubes):
+        assert host.cube_tokens(number) == expected[number]
+        bits = sum(1 << slot for slot, token in enumerate(expected[number]) if token >= 0)
+        assert host.valid_slots(number) == bits
+
+
+def test_head_goes_where_one_stride_serves():
+    """Into the outer coordinate with the batch, if their strides allow; else into the columns."""
+    cases = [
+        ("bhsd", 2, 3, (0, 1, 3)),
+        ("bshd", 1, 3, (0, 1, 3)),
+        ("bshd", 2, 3, (128, 0, 1)),
+        ("packed", 2, 3, (128, 0, 1)),
+        ("sliced", 1, 3, (0, 1, 3)),
+        ("sliced", 2, 3, (136, 0, 1)),
+    ]
+    for layout, batch, heads, coordinates in cases:
+        tensor = token_tensor(meta(layout, batch, 60, heads, 128))
+        assert pool_coordinates(plan_pool([tensor] * 3, (3, 4, 5)))[0][0] == coordinates
+
+
+@pytest.mark.parametrize("odd", [0, 1, 7, 1 << 50])
+def test_strides_of_dimensions_of_length_one_do_not_matter(odd):
+    """torch leaves them arbitrary."""
+    one_head = contiguous(batch=2, tokens=60, strides=(60 * 128, 128, odd, 1))
+    one_batch = contiguous(tokens=60, heads=3, strides=(odd, 3 * 128, 128, 1))
+    one_token = contiguous(heads=3, tokens=1, strides=(3 * 128, odd, 128, 1))
+    for tensor, video_shape in ((one_head, (3, 4, 5)), (one_batch, (3, 4, 5)), (one_token, (1, 1, 1))):
+        for tensor_map in plan_pool([tensor] * 3, video_shape).maps:
+            check_map(tensor_map)
+
+
+def test_the_inputs_of_a_plan_may_lie_differently():
+    layouts = ("bshd", "bhsd", "packed")
+    tensors = [meta(layout, 2, 60, 3, 64) for layout in layouts]
+    plan = plan_pool(
+        [token_tensor(x, address=BASE * (i + 1)) for i, x in enumerate(tensors)],
+        (3, 4, 5),
+        outputs=(64, 128, 192),
+    )
+    coordinates, outputs = pool_coordinates(plan)
+    assert coordinates == [(64, 0, 1), (0, 1, 3), (64, 0, 1)]
+    assert outputs == (64, 128, 192)
+    assert [x.address for x in plan.maps] == [BASE, 2 * BASE, 3 * BASE + 3 * 64 * 2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_million_tokens(layout):
+    video_shape = (64, 128, 128)
+    tensor = token_tensor(meta(layout, 2, 1 << 20, 40, 128))
+    plan = plan_pool([tensor] * 3, video_shape)
+    for tensor_map in plan.maps:
+        check_map(tensor_map)
+    assert plan.grid == (3 * 2 * 40 * (1 << 14) // 8, 1, 1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "heads", "video_shape"), [(1, 1, (1, 1, 1)), (2, 3, (5, 6, 7))])
+def test_pool_plan_covers_every_cube(head_dim, dtype, batch, heads, video_shape):
+    tensor = token_tensor(meta("bshd", batch, math.prod(video_shape), heads, head_dim, dtype))
+    plan = plan_pool([tensor] * 3, video_shape)
+    assert plan.kernel == f"pool_d{head_dim}_{'bf16' if dtype == torch.bfloat16 else 'fp16'}"
+    tiles = 3 * batch * heads * CubeGrid(video_shape).num_cubes
+    assert plan.grid == (-(-tiles // 8), 1, 1)
+    assert plan.block == (head_dim, 1, 1)
+    assert plan.shared_bytes <= SHARED_LIMIT
+    assert all(x.element_type == str(dtype).removeprefix("torch.") for x in plan.maps)
+
+
+def pool_with(**changes):
+    """A pool plan whose key is changed."""
+    plan_pool(
+        [
+            contiguous(tokens=60, heads=2),
+            contiguous(tokens=60, heads=2, **changes),
+            contiguous(tokens=60, heads=2),
+        ],
+        (3, 4, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"address": 0}, "key: got a null pointer"),
+        ({"address": BASE + 8}, "key: got an address that is not 16-byte aligned; copy the tensor"),
+        (
+            {"strides": (60 * 260, 260, 128, 1)},
+            "key: got a stride of 260 elements, expected a positive multiple of 8",
+        ),
+        (
+            {"strides": (60 * 256, 256, 4, 1)},
+            "key: got a stride of 4 elements, expected a positive multiple of 8",
+        ),
+        (
+            {"strides": (60 * 256, 0, 128, 1)},
+            "key: got a stride of 0 elements, expected a positive multiple of 8",
+        ),
+        (
+            {"strides": (60 * 256, 1 << 39, 128, 1)},
+            "key: got a stride of .* bytes, expected less than 2\\^40",
+        ),
+        (
+            {"strides": (60 * 512, 512, 256, 2)},
+            "strides: got 2 elements between columns of head_dim, expected 1",
+        ),
+        ({"shape": (1, 59, 2, 128)}, "key: got 59 tokens, expected 60 = T \\* H \\* W"),
+        (
+            {"shape": (1, 60, 3, 128)},
+            "key: got batch 1, heads 3, .* expected batch 1, heads 2, .* as query has",
+        ),
+        ({"dtype": "float16"}, "key: got .*float16, expected .*bfloat16 as query has"),
+        ({"dtype": "int8"}, "dtype: got int8, expected bfloat16, float16 or float32"),
+    ],
+)
+def test_errors_name_the_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        pool_with(**changes)
+
+
+def test_heads_too_far_apart_in_a_batch():
+    """The head's offset must fit an int32 coordinate when the batch has a stride of its own."""
+    strides = (128, 4 * 128, 1 << 31, 1)
+    tensor = contiguous(batch=2, tokens=60, heads=2, strides=strides)
+    with pytest.raises(ValueError, match="query: got heads 2147483648 elements apart in a batch of 2"):
+        plan_pool([tensor] * 3, (3, 4, 5))
+    one = contiguous(batch=1, tokens=60, heads=2, strides=strides)
+    check_map(plan_pool([one] * 3, (3, 4, 5)).maps[0])
+
+
+def test_more_ctas_than_a_grid_holds():
+    tensor = contiguous(batch=1 << 16, tokens=1 << 14, heads=1 << 10, head_dim=64)
+    with pytest.raises(ValueError, match="pool: got a problem of .* CTAs, expected at most 2\\^31 - 1"):
+        plan_pool([tensor] * 3, (16, 32, 32))
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 256])
+def test_head_dim_without_a_kernel(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim: got {head_dim}, expected 64 or 128"):
+        plan_pool([contiguous(tokens=60, head_dim=head_dim)] * 3, (3, 4, 5))
+
+
+def test_outputs_must_have_memory():
+    with pytest.raises(ValueError, match=r"outputs\[1\]: got a null pointer"):
+        plan_pool([contiguous(tokens=60)] * 3, (3, 4, 5), outputs=(16, 0, 48))
+
+
+@pytest.mark.parametrize(
+    ("video_shape", "cube", "message"),
+    [
+        ((0, 4, 4), (4, 4, 4), r"video_shape\[0\]: got 0"),
+        ((4, 1 << 31, 4), (4, 4, 4), r"video_shape\[1\]: got 2147483648"),
+        ((1 << 15, 1 << 15, 1 << 15), (4, 4, 4), "video_shape: got .* cubes, expected fewer than 2\\^25"),
+        ((4, 4, 4), (4, 4, 8), "cube: got a volume of 128, expected 64"),
+        ((4, 4, 4), (4, 4, 3), r"cube\[2\]: got 3, expected a power of two"),
+        ((4, 4, 4), (4, 0, 4), r"cube\[1\]: got 0, expected a power of two"),
+    ],
+)
+def test_grid_errors(video_shape, cube, message):
+    with pytest.raises(ValueError, match=message):
+        host_grid(video_shape, cube)
+
+
+def test_plans_of_the_forward_ops_are_launchable():
+    """Every plan of the forward obeys the hardware's limits and names a kernel of this binary."""
+    plans = []
+    video_shape, cube, scale = (5, 6, 7), (4, 4, 4), 0.125
+    query, key, value = (torch.zeros(2, 210, 3, 128, dtype=torch.bfloat16) for _ in range(3))
+    with (
+        mock.patch.object(_extension, "launch", lambda plan, tensor: plans.append(plan)),
+        mock.patch.object(_extension, "num_sms", lambda device: 132),
+    ):
+        coarse = _kernels.coarse_forward(query, key, value, video_shape, cube, 3, scale, True)
+        counts, indices = coarse[-2:]
+        _kernels.fine_forward(
+            query, key, value, counts, indices, None, None, None, None, None, 1.0, 0.0, video_shape,
+            video_shape, cube, cube, scale, True,
+        )  # fmt: skip
+    stems = [plan.kernel.split("_d128")[0] for plan in plans]
+    assert stems == ["pool", "fine_forward", "select", "fine_forward"]
+    for plan in plans:
+        assert plan.kernel in _extension.load().kernel_names()
+        assert 1 <= plan.grid[0] < 1 << 31 and plan.grid[1:] == (1, 1) and plan.cluster == (1, 1, 1)
+        assert plan.block[0] % 32 == 0 and plan.block[0] <= 1024 and plan.block[1:] == (1, 1)
+        assert plan.shared_bytes <= SHARED_LIMIT and plan.params
+        for tensor_map in plan.maps:
+            check_map(tensor_map)
