@@ -89,7 +89,7 @@ def engine():
 def compile_ptx(
     path: str | Path, include_dirs: Iterable[str | Path] = (), defines: Iterable[str] = ()
 ) -> str:
-    """PTX text of a .cu file for sm_90a, with line information; cached in build/simulator until a source changes.
+    """PTX text of a .cu file for sm_90a, with line information; cached until a source changes.
 
     Raises RuntimeError with the compiler's output.
     """

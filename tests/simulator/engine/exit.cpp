@@ -21,6 +21,14 @@ void World::exit_warp(Warp& warp) {
                        hex(offset) + " after the copy at " + place(barrier.copy_pc));
     }
   }
+  for (auto& other : cta.warps) {
+    const CopyQueue& copies = other->copies;
+    if (copies.agent != kNone &&
+        cta.exit_clock.known(copies.agent) < copies.committed + (copies.issued_open != 0)) {
+      fail("exit", "exit while cp.async of warp " + std::to_string(other->index) +
+                       " may be under way: nobody waited for it");
+    }
+  }
   for (auto [agent, step] : cta.remote) {
     if (cta.exit_clock.known(agent) < step) {
       fail("exit", "exit while another CTA may still use this one's shared memory, as at " +

@@ -35,8 +35,6 @@ struct Group {
   u32 timeouts = 0;
 };
 
-enum class QueueKind : u8 { kBulk, kCopyAsync };
-
 struct BulkGroup {
   u32 reads = 0, writes = 0;  // operations not yet done
 };
@@ -80,7 +78,7 @@ struct Warp {
   Group* group = nullptr;  // the one that runs
   u32 pc = 0, exec = 0;    // of the instruction that runs
   u32 alive = 0;           // lanes that have not exited
-  u64 steps = 0, memo_region = 0;
+  u64 steps = 0;
 
   u32 wrote_shared = 0, wrote_global = 0;  // lanes with ordinary writes that no proxy fence followed
   u32 initialised_barriers = 0;            // lanes
