@@ -114,7 +114,7 @@ def check_combine_backward(run, grid, shape, dtype, fine, coarse, with_lse=False
         grad_out.double(), out_fine.double(), grad_lse, None if pooled is None else pooled.double(), grid,
         *exact_gates, q_block_sizes,
     )  # fmt: skip
-    if fine in (None, "none"):
+    if fine is None:
         expected = (None, *expected[1:])
     names = ("grad_fine", "delta", "grad_coarse", "grad_gate_fine", "grad_gate_coarse")
     for name, actual, exact in zip(names, results, expected, strict=True):
@@ -127,7 +127,9 @@ def check_combine_backward(run, grid, shape, dtype, fine, coarse, with_lse=False
         error = (actual.double() - exact).abs().max()
         # delta comes from the rounded grad_fine.
         eps = torch.finfo(actual.dtype if name != "delta" or fine is None else dtype).eps
-        assert error <= 8 * eps * exact.abs().max(), f"{name}: error {error:.2e}"
+        # A scalar gate's gradient is a sum of products of normal numbers, which may cancel.
+        size = exact.abs().max() if exact.dim() else grad_out.numel() ** 0.5
+        assert error <= 8 * eps * size, f"{name}: error {error:.2e}"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -145,11 +145,13 @@ def test_cuda_graph_of_forward_and_backward(seed):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        # The engine runs a leaf's gradient on the stream that made the leaf.
+        q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         for _ in range(3):
             expected = step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
     for x in captured:
         x.fill_(float("nan"))

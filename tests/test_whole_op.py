@@ -145,6 +145,7 @@ def test_forward_and_backward(runner, gate, video_shape, cube, batch, heads, hea
 
 
 @pytest.mark.gpu
+@pytest.mark.unpoisoned
 def test_launches_of_a_training_step(seed):
     """Kernels and memsets that the profiler sees, gates None."""
     shape = (16, 28, 52)
@@ -188,10 +189,12 @@ def test_training_step_in_a_cuda_graph_and_compiled(seed):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        # The engine runs a leaf's gradient on the stream that made the leaf.
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
     for x in captured:
         x.fill_(torch.nan)

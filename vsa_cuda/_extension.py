@@ -46,4 +46,4 @@ def num_sms(device: torch.device) -> int:
 def launch(plan, tensor: torch.Tensor) -> None:
     """Launches `plan` on the device of `tensor`, on that device's current stream. Does not synchronise."""
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    load().launch(plan, device=tensor.device.index, stream=stream)
+    load().launch(plan=plan, device=tensor.device.index, stream=stream)

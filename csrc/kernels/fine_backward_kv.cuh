@@ -27,8 +27,6 @@ static_assert(sizeof(QueryStageInfo) == kStageInfoBytes + kBackwardRowBytes);
 template <int kHeadDim, class T>
 struct FineBackwardKv : FineBackward<kHeadDim, T, QueryStageInfo> {
   static_assert(sizeof(typename FineBackwardKv::Shared) == fine_backward_kv_shared_bytes(kHeadDim));
-  // Less traffic from shared memory, which bounds 64-wide products; head_dim 128 has no registers for it.
-  static constexpr bool kKeysInRegisters = kHeadDim == 64;
 };
 
 template <class Kernel>
@@ -65,10 +63,9 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
   produce(shared.ring, producer, lists, source, kBackwardRowBytes, load_rows);
 }
 
-// A consumer's registers through the loop.
+// A consumer's registers through the loop. K and V stay in shared memory: see FineBackwardQ.
 template <class Kernel>
 struct FineBackwardKvState {
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> key, value;  // with kKeysInRegisters
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
 };
 
@@ -85,15 +82,9 @@ VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typena
   const QueryStageInfo& info = shared.ring.info[stage];
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
-  if constexpr (Kernel::kKeysInRegisters) {
-    mma_ABt(scores, state.key, queries, false);
-    mma_commit();
-    mma_ABt(grads, state.value, grad_outs, false);
-  } else {
-    mma_ABt(scores, shared.first[consumer], queries, false);
-    mma_commit();
-    mma_ABt(grads, shared.second[consumer], grad_outs, false);
-  }
+  mma_ABt(scores, shared.first[consumer], queries, false);
+  mma_commit();
+  mma_ABt(grads, shared.second[consumer], grad_outs, false);
   mma_commit();
   mma_wait<1>(scores);
 #pragma unroll
@@ -138,11 +129,6 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   FineBackwardKvState<Kernel> state;
   zero(state.grad_key);
   zero(state.grad_value);
-  if (Kernel::kKeysInRegisters && consumer < task.cubes) {
-    shared.ring.full[0].wait(0);
-    load(state.key, shared.first[consumer]);
-    load(state.value, shared.second[consumer]);
-  }
   walk_ring(shared.ring, consumer, [&state, &shared, consumer, &params](int stage, uint64_t) {
     fine_backward_kv_step(state, shared, consumer, params.scale_log2, stage);
   });

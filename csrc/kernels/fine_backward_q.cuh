@@ -19,6 +19,10 @@ struct FineBackwardQMaps {
 
 template <int kHeadDim, class T>
 struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
+  // Less traffic from shared memory, which bounds 64-wide products. Not at head_dim 64: there ptxas 13.0
+  // writes over operands that the next tile needs (wrong on an H200, right in the PTX;
+  // tests/test_machine_code.py).
+  static constexpr bool kRowsInRegisters = kHeadDim == 128;
   static_assert(sizeof(typename FineBackwardQ::Shared) == fine_backward_q_shared_bytes(kHeadDim));
 };
 
@@ -47,19 +51,26 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
 // A consumer's registers through the loop.
 template <class Kernel>
 struct FineBackwardQState {
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> query, grad_out;
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> query, grad_out;  // with kRowsInRegisters
   FloatTile<Kernel::kHeadDim> grad_query;
   RowVector lse_log2, delta;
 };
 
 template <class Kernel>
-VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Ring& ring,
-                                     float scale_log2, int stage, uint64_t valid) {
+VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Shared& shared,
+                                     int consumer, float scale_log2, int stage, uint64_t valid) {
+  auto& ring = shared.ring;
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
-  mma_ABt(scores, state.query, ring.first[stage], false);
-  mma_commit();
-  mma_ABt(grads, state.grad_out, ring.second[stage], false);
+  if constexpr (Kernel::kRowsInRegisters) {
+    mma_ABt(scores, state.query, ring.first[stage], false);
+    mma_commit();
+    mma_ABt(grads, state.grad_out, ring.second[stage], false);
+  } else {
+    mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
+    mma_commit();
+    mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
+  }
   mma_commit();
   mma_wait<1>(scores);
 #pragma unroll
@@ -97,11 +108,13 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
       state.delta.data[half] = __ldg(params.delta + row * kCubeTokens + tile_row(half));
     }
     shared.ring.full[0].wait(0);
-    load(state.query, shared.first[consumer]);
-    load(state.grad_out, shared.second[consumer]);
+    if constexpr (Kernel::kRowsInRegisters) {
+      load(state.query, shared.first[consumer]);
+      load(state.grad_out, shared.second[consumer]);
+    }
   }
-  walk_ring(shared.ring, consumer, [&state, &shared, &params](int stage, uint64_t valid) {
-    fine_backward_q_step(state, shared.ring, params.scale_log2, stage, valid);
+  walk_ring(shared.ring, consumer, [&state, &shared, consumer, &params](int stage, uint64_t valid) {
+    fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, valid);
   });
   if (!exists) return;
 

@@ -100,8 +100,9 @@ bool decode_atomic(const Inst& inst, Decoder& decoder, Op& op) {
   static const char* operations[] = {"add", "min", "max", "and", "or", "xor", "inc", "dec", "exch", "cas"};
   std::string operation;
   for (const std::string& part : inst.parts) {
-    if (std::find(std::begin(operations), std::end(operations), part) != std::end(operations))
+    if (std::find(std::begin(operations), std::end(operations), part) != std::end(operations)) {
       operation = part;
+    }
   }
   std::string type = inst.type();
   bool pair = type.ends_with("x2");
@@ -132,9 +133,10 @@ bool decode_atomic(const Inst& inst, Decoder& decoder, Op& op) {
   op.count = static_cast<u8>(values.size());
   for (size_t k = 0; k < values.size(); k++) {
     op.list2.push_back(decoder.use_f(values[k], static_cast<int>(size)));
-    if (result)
+    if (result) {
       op.list.push_back(
           decoder.def(inst.args[0].kind == ArgKind::kVector ? inst.args[0].list.at(k) : inst.args[0]));
+    }
   }
   if (op.e == 2) op.f = decoder.use_f(inst.args.at(result + 2u), static_cast<int>(size));
   op.fn = atomic;

@@ -17,7 +17,6 @@ void finish(World& world, NamedBarrier& barrier) {
   barrier.reduction_or = barrier.reduction_count = 0;
   barrier.reduction_and = 1;
   barrier.generation++;
-  barrier.used++;
   world.event();
 }
 
@@ -37,7 +36,7 @@ void arrive_named(Warp& warp, NamedBarrier& barrier, u32 id, u32 threads, u32 la
     fail("barrier",
          "barrier " + std::to_string(id) + ": more than " + std::to_string(threads) + " threads arrived");
   }
-  barrier.arriving.join(warp.clock);
+  barrier.arriving.join(warp.view());
   warp.advance_clock();
 }
 
@@ -73,6 +72,7 @@ Step bar(Warp& warp, const Op& op) {
   if (barrier.generation < group.ticket) return Step::kBlock;
   group.ticket = 0;
   warp.clock.join(barrier.completed);
+  if (warp.exec == warp.alive) warp.sync_lanes();
   if (use == Use::kReduceAnd) warp.set_pred(op.d, barrier.result_and ? kAllLanes : 0);
   if (use == Use::kReduceOr) warp.set_pred(op.d, barrier.result_or ? kAllLanes : 0);
   if (use == Use::kReducePopc) {
@@ -96,7 +96,7 @@ Step cluster_arrive(Warp& warp, const Op& op) {
   }
   barrier.expected = warp.world->cluster_size * warp.world->threads;
   barrier.arrived += static_cast<u32>(lane_count(warp.exec));
-  if (!op.aux) barrier.arriving.join(warp.clock);  // .relaxed orders nothing
+  if (!op.aux) barrier.arriving.join(warp.view());  // .relaxed orders nothing
   warp.advance_clock();
   if (barrier.arrived == barrier.expected) finish(*warp.world, barrier);
   return Step::kYield;
@@ -106,8 +106,9 @@ Step cluster_wait(Warp& warp, const Op&) {
   Cluster& cluster = *warp.cta->cluster;
   u32 key = warp.agent * 32u + static_cast<u32>(first_lane(warp.exec));
   auto found = cluster.arrived_lanes.find(key);
-  if (found == cluster.arrived_lanes.end())
+  if (found == cluster.arrived_lanes.end()) {
     fail("barrier", "barrier.cluster.wait without an arrive", first_lane(warp.exec));
+  }
   if (cluster.barrier.generation <= found->second) return Step::kBlock;
   warp.clock.join(cluster.barrier.completed);
   return Step::kYield;

@@ -58,8 +58,9 @@ py::dict run(const std::vector<std::string>& texts, const py::dict& plan,
   launch.shared_bytes = plan["shared_bytes"].cast<u32>();
   std::string params = plan["params"].cast<py::bytes>();
   launch.params.assign(params.begin(), params.end());
-  for (const py::handle& item : plan["maps"])
+  for (const py::handle& item : plan["maps"]) {
     launch.maps.push_back(read_map(py::reinterpret_borrow<py::dict>(item)));
+  }
   launch.seed = seed;
   launch.max_steps = max_steps;
   launch.resident = resident;
@@ -83,8 +84,9 @@ py::dict run(const std::vector<std::string>& texts, const py::dict& plan,
       opcodes[name] = before + world.counts[i];
     }
     for (const Region& region : world.regions) {
-      if (region.index >= 0 && region.shadow->unwritten())
+      if (region.index >= 0 && region.shadow->unwritten()) {
         unwritten[py::int_(region.index)] = region.shadow->unwritten();
+      }
     }
     result["instructions"] = world.steps;
     result["opcodes"] = opcodes;

@@ -20,22 +20,29 @@ void apply(u8* into, const u8* from, F function) {
 
 template <class T>
 Reduce reduce_integer(const std::string& name) {
-  if (name == "add")
+  if (name == "add") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return static_cast<T>(x + y); }); };
-  if (name == "min")
+  }
+  if (name == "min") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return std::min(x, y); }); };
-  if (name == "max")
+  }
+  if (name == "max") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return std::max(x, y); }); };
-  if (name == "and")
+  }
+  if (name == "and") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return static_cast<T>(x & y); }); };
-  if (name == "or")
+  }
+  if (name == "or") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return static_cast<T>(x | y); }); };
-  if (name == "xor")
+  }
+  if (name == "xor") {
     return [](u8* a, const u8* b) { apply<T>(a, b, [](T x, T y) { return static_cast<T>(x ^ y); }); };
-  if (name == "inc")
+  }
+  if (name == "inc") {
     return [](u8* a, const u8* b) {
       apply<T>(a, b, [](T x, T y) { return x >= y ? T{0} : static_cast<T>(x + 1); });
     };
+  }
   if (name == "dec") {
     return [](u8* a, const u8* b) {
       apply<T>(a, b, [](T x, T y) { return x == 0 || x > y ? y : static_cast<T>(x - 1); });
@@ -51,14 +58,16 @@ Reduce reduce_half(const std::string& name) {
       apply<u16>(a, b, [](u16 x, u16 y) { return H::narrow_to(add_to_odd(H::widen(x), H::widen(y))); });
     };
   }
-  if (name == "min")
+  if (name == "min") {
     return [](u8* a, const u8* b) {
       apply<u16>(a, b, [](u16 x, u16 y) { return H::widen(y) < H::widen(x) ? y : x; });
     };
-  if (name == "max")
+  }
+  if (name == "max") {
     return [](u8* a, const u8* b) {
       apply<u16>(a, b, [](u16 x, u16 y) { return H::widen(y) > H::widen(x) ? y : x; });
     };
+  }
   return nullptr;
 }
 
@@ -91,13 +100,15 @@ Operands read_operands(Warp& warp, const Op& op, int lane) {
 }
 
 void check_global(u64 address, int lane) {
-  if (address % 16)
+  if (address % 16) {
     fail("misaligned", "bulk copy: global address " + hex(address) + ", expected a multiple of 16", lane);
+  }
 }
 
 void load_one(Warp& warp, const Op& op, int lane) {
   World& world = *warp.world;
   Operands operands = read_operands(warp, op, lane);
+  const Clock& known = warp.view();
   bool multicast = op.list[4] != kNone;
   if (multicast) check_multicast(world, operands.mask, lane);
   Direction direction = static_cast<Direction>(op.aux);
@@ -111,7 +122,7 @@ void load_one(Warp& warp, const Op& op, int lane) {
     if (target != holder) fail("barrier", "bulk copy: destination and mbarrier are in different CTAs", lane);
     u64 epoch = begin_copy(warp, *holder, barrier, lane);
     u32 phase = Epoch::step(epoch) - 1;
-    Access write{&warp.clock, epoch, warp.pc, true, true, false}, read = write;
+    Access write{&known, epoch, warp.pc, true, true, false}, read = write;
     read.write = false;
     const u8* from;
     if (direction == Direction::kGlobalToShared) {
@@ -137,14 +148,15 @@ void load_one(Warp& warp, const Op& op, int lane) {
 void store_one(Warp& warp, const Op& op, int lane) {
   World& world = *warp.world;
   Operands operands = read_operands(warp, op, lane);
+  const Clock& known = warp.view();
   u32 bytes = operands.size, element = op.size;
   check_global(operands.destination, lane);
   Cta* source;
   u32 from = shared_offset(warp, operands.source, bytes, 16, &source, lane);
   BulkEpochs epochs = begin_bulk(warp, lane);
   Reduce reduce = bits_as<Reduce>(op.imm);
-  Access read{&warp.clock, epochs.read, warp.pc, false, true, false};
-  Access write{&warp.clock, epochs.write, warp.pc, true, true, reduce != nullptr};
+  Access read{&known, epochs.read, warp.pc, false, true, false};
+  Access write{&known, epochs.write, warp.pc, true, true, reduce != nullptr};
   world.touch_shared(warp, operands.source, bytes, read, lane);
   if (reduce) {
     Region& region = world.global(operands.destination, bytes, true, lane);
@@ -220,10 +232,12 @@ Reduce find_reduce(const std::string& operation, const std::string& type) {
   if (type == "f16") return reduce_half<Half>(operation);
   if (type == "bf16") return reduce_half<Bfloat>(operation);
   if (operation != "add") return nullptr;
-  if (type == "f32")
+  if (type == "f32") {
     return [](u8* a, const u8* b) { apply<float>(a, b, [](float x, float y) { return x + y; }); };
-  if (type == "f64")
+  }
+  if (type == "f64") {
     return [](u8* a, const u8* b) { apply<double>(a, b, [](double x, double y) { return x + y; }); };
+  }
   return nullptr;
 }
 
@@ -297,8 +311,9 @@ bool decode_bulk(const Inst& inst, Decoder& decoder, Op& op) {
     return true;
   }
   bool reduce = text.starts_with("cp.reduce.async.bulk.");
-  if ((!reduce && !text.starts_with("cp.async.bulk.")) || inst.has("tensor") || inst.has("cp_mask"))
+  if ((!reduce && !text.starts_with("cp.async.bulk.")) || inst.has("tensor") || inst.has("cp_mask")) {
     return false;
+  }
   const std::string &to = inst.parts.at(reduce ? 4 : 3), &from = inst.parts.at(reduce ? 5 : 4);
   Direction direction = to == "global"     ? Direction::kSharedToGlobal
                         : from == "global" ? Direction::kGlobalToShared

@@ -168,7 +168,9 @@ Step elect(Warp& warp, const Op& op) {
 
 Step sync_warp(Warp& warp, const Op& op) {
   u32 mask;
-  return members(warp, op, mask) ? Step::kNext : Step::kBlock;
+  if (!members(warp, op, mask)) return Step::kBlock;
+  if ((warp.alive & ~warp.exec) == 0) warp.sync_lanes();
+  return Step::kNext;
 }
 
 }  // namespace

@@ -57,8 +57,9 @@ Step branch_table(Warp& warp, const Op& op) {
     for (int i = 0; i < kLanes; i++) {
       if ((left >> i & 1) && warp.value32(op.a, i) == index) lanes |= 1u << i;
     }
-    if (index >= op.list.size())
+    if (index >= op.list.size()) {
       fail("out-of-bounds", "brx.idx: index " + std::to_string(index), first_lane(lanes));
+    }
     if (first && whole && lanes == group.mask) return jump_to(warp, op.list[index]);
     first = false;
     left &= ~lanes;

@@ -138,8 +138,9 @@ u64 convert(u64 bits, const Mode& mode) {
       u64 extended = bits << (64 - width);
       extended = is_signed(mode.from) ? static_cast<u64>(static_cast<i64>(extended) >> (64 - width))
                                       : extended >> (64 - width);
-      if (is_float(mode.to))
+      if (is_float(mode.to)) {
         return from_double(integer_to_double(extended, is_signed(mode.from), mode.to == Type::kF64), mode);
+      }
       if (!mode.saturate) return extended;
       int to = bits_of(mode.to);
       __int128 exact = is_signed(mode.from) ? __int128{static_cast<i64>(extended)} : __int128{extended};
@@ -256,10 +257,12 @@ bool decode_common(const Inst& inst, Decoder& decoder, Op& op, const Mode& mode)
   if (to == Type::kU64 && from == Type::kU32) return bind_map<u64, extend_u32, u32>(inst, decoder, op);
   if (to == Type::kS64 && from == Type::kS32) return bind_map<i64, extend_s32, i32>(inst, decoder, op);
   if (to == Type::kU32 && from == Type::kU64) return bind_map<u32, truncate, u64>(inst, decoder, op);
-  if (to == Type::kF32 && from == Type::kBF16 && !mode.integer_round)
+  if (to == Type::kF32 && from == Type::kBF16 && !mode.integer_round) {
     return bind_map<float, bf16_to_single, u16>(inst, decoder, op);
-  if (to == Type::kF32 && from == Type::kF16 && !mode.integer_round)
+  }
+  if (to == Type::kF32 && from == Type::kF16 && !mode.integer_round) {
     return bind_map<float, f16_to_single, u16>(inst, decoder, op);
+  }
   if (to == Type::kS32 && from == Type::kF32 && mode.round == Round::kZero) {
     return bind_map<i32, single_to_s32, float>(inst, decoder, op);
   }
@@ -317,8 +320,9 @@ bool decode_convert(const Inst& inst, Decoder& decoder, Op& op) {
   op.a =
       is_float(mode.from) ? decoder.use_f(source, wide_from ? 8 : 4) : decoder.use(source, wide_from ? 8 : 4);
   if (inst.args[0].kind == ArgKind::kReg &&
-      decoder.program.entry->registers[inst.args[0].reg].cls == RegClass::k16)
+      decoder.program.entry->registers[inst.args[0].reg].cls == RegClass::k16) {
     op.size = 2;
+  }
   op.fn = wide_to ? (wide_from ? cvt<true, true> : cvt<true, false>)
                   : (wide_from ? cvt<false, true> : cvt<false, false>);
   return true;

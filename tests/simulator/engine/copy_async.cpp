@@ -29,15 +29,18 @@ Step copy(Warp& warp, const Op& op) {
     u64 from = warp.value(op.d, lane, true) + static_cast<i64>(static_cast<i32>(op.e));
     u32 take = op.b == kNone ? bytes : warp.value32(op.b, lane);
     if (op.f != kNone && (warp.preds[op.f] >> lane & 1)) take = 0;
-    if (take > bytes)
+    if (take > bytes) {
       fail("out-of-bounds", "cp.async: source size " + std::to_string(take) + " of " + std::to_string(bytes),
            lane);
-    if (from % bytes || to % bytes)
+    }
+    if (from % bytes || to % bytes) {
       fail("misaligned",
            "cp.async of " + std::to_string(bytes) + " bytes from " + hex(from) + " to " + hex(to), lane);
+    }
     const u8* source = nullptr;
-    if (take)
+    if (take) {
       source = world.touch_global(from, take, {&warp.clock, epoch, warp.pc, false, false, false}, lane);
+    }
     u8* target = world.touch_shared(warp, to, bytes, {&warp.clock, epoch, warp.pc, true, false, false}, lane);
     moves->emplace_back(target, source, take);
   }
@@ -96,8 +99,9 @@ Step arrive_later(Warp& warp, const Op& op) {
         [w, q, cta, offset, group] {
           Mbarrier& reached = find_mbarrier(*cta, offset, -1);
           reached.arrived.learn(q->agent, group);
-          if (reached.pending < 1)
+          if (reached.pending < 1) {
             fail("barrier", "cp.async.mbarrier.arrive: more arrivals than the phase takes");
+          }
           arrive(*w, reached, 1, -1);
         },
         ready);

@@ -11,8 +11,9 @@ void World::exit_warp(Warp& warp) {
       fail("exit", "exit while bulk copies may still read shared memory: no cp.async.bulk.wait_group", lane);
     }
   }
-  if (warp.wgmma_open || warp.wgmma_committed > warp.wgmma_waited)
+  if (warp.wgmma_open || warp.wgmma_committed > warp.wgmma_waited) {
     fail("exit", "exit with wgmma in flight: no wgmma.wait_group");
+  }
   cta.exit_clock.join(warp.clock);
   if (--cta.running) return;
   for (auto& [offset, barrier] : cta.mbarriers) {

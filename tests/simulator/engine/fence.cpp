@@ -5,7 +5,7 @@ namespace sim {
 
 void publish(Warp& warp, u64 key, bool release) {
   if (!release && !warp.at_fence) return;
-  warp.world->locations[key][warp.cta->cluster->id].join(release ? warp.clock : *warp.at_fence);
+  warp.world->locations[key][warp.cta->cluster->id].join(release ? warp.view() : *warp.at_fence);
   if (release) warp.advance_clock();
 }
 
@@ -34,7 +34,7 @@ void observe(Warp& warp, u64 key, bool acquire) {
 void memory_fence(Warp& warp) {
   if (warp.observed) warp.clock.join(*warp.observed);
   warp.observed.reset();
-  warp.at_fence = warp.clock;
+  warp.at_fence = warp.view();
   warp.advance_clock();
 }
 
@@ -48,7 +48,7 @@ Step fence_memory(Warp& warp, const Op&) {
 // fence.mbarrier_init: the barriers that the warp initialised may be used by the async proxy and other CTAs.
 Step fence_init(Warp& warp, const Op&) {
   for (auto& [offset, barrier] : warp.cta->mbarriers) {
-    if (barrier.init_agent == warp.agent && !barrier.fence_step) barrier.fence_step = warp.step;
+    if (barrier.init_warp == &warp && !barrier.fence_step) barrier.fence_step = warp.step;
   }
   warp.advance_clock();
   return Step::kYield;
@@ -61,14 +61,20 @@ Step fence_proxy(Warp& warp, const Op& op) {
   if (covers_shared) warp.wrote_shared &= ~warp.exec;
   if (covers_global) warp.wrote_global &= ~warp.exec;
   bool shared_done = covers_shared && !warp.wrote_shared, global_done = covers_global && !warp.wrote_global;
+  for (auto [lane, own] : warp.lane_agents) {
+    if (!(warp.exec >> lane & 1)) continue;
+    if (covers_shared) Clock::set(warp.clock.fenced_shared, own, warp.step);
+    if (covers_global) Clock::set(warp.clock.fenced_global, own, warp.step);
+  }
   if (global_done) Clock::set(warp.clock.fenced_global, warp.agent, warp.step);
   if (shared_done) {
     Clock::set(warp.clock.fenced_shared, warp.agent, warp.step);
-    if (warp.copies.agent != kNone)
+    if (warp.copies.agent != kNone) {
       Clock::set(warp.clock.fenced_shared, warp.copies.agent, warp.copies.waited);
+    }
     return fence_init(warp, op);
   }
-  if (global_done) warp.advance_clock();
+  warp.advance_clock();
   return Step::kYield;
 }
 

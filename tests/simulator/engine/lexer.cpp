@@ -50,12 +50,12 @@ void Lexer::lex_number() {
     at_ += 2 + digits;
   } else {
     int base = 10;
-    if (text_[at_] == '0' && (second == 'x' || second == 'X'))
-      base = 16, at_ += 2;
-    else if (text_[at_] == '0' && (second == 'b' || second == 'B'))
-      base = 2, at_ += 2;
-    else if (text_[at_] == '0' && std::isdigit(static_cast<u8>(second)))
-      base = 8;
+    if (text_[at_] == '0') {
+      if (second == 'x' || second == 'X') base = 16;
+      if (second == 'b' || second == 'B') base = 2;
+      if (std::isdigit(static_cast<u8>(second))) base = 8;
+    }
+    if (base == 16 || base == 2) at_ += 2;
     size_t digits = at_;
     while (at_ < text_.size() && std::isxdigit(static_cast<u8>(text_[at_]))) at_++;
     if (base == 10 && at_ < text_.size() && text_[at_] == '.') {  // decimal constants are doubles

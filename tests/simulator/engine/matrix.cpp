@@ -9,8 +9,9 @@ namespace sim {
 namespace {
 
 void require_whole(Warp& warp) {
-  if (warp.exec != kAllLanes)
+  if (warp.exec != kAllLanes) {
     fail("barrier", "matrix instruction in divergent code: expected all 32 lanes", first_lane(warp.exec));
+  }
 }
 
 // The 16-byte row that lane `8 * matrix + row` addresses.
@@ -18,8 +19,9 @@ u8* row_bytes(Warp& warp, const Op& op, u32 matrix, u32 row, const Access& acces
   int lane = static_cast<int>(8 * matrix + row);
   u64 address = warp.value(op.a, lane, op.aux2) + op.imm;
   if (address >= kSharedWindow && address < kSharedWindow + kWindowBytes) address -= kSharedWindow;
-  if (address % 16)
+  if (address % 16) {
     fail("misaligned", "matrix row at shared memory " + hex(address) + ", expected a multiple of 16", lane);
+  }
   return warp.world->touch_shared(warp, address, 16, access, lane);
 }
 
@@ -121,8 +123,9 @@ bool decode_matrix(const Inst& inst, Decoder& decoder, Op& op) {
   if (name != "mma" || (!inst.has("m16n8k16") && !inst.has("m16n8k8")) || inst.parts.size() < 8) return false;
   size_t types = inst.parts.size() - 4;
   const std::string& type = inst.parts[types + 1];
-  if (inst.parts[types] != "f32" || inst.parts[types + 3] != "f32" || (type != "bf16" && type != "f16"))
+  if (inst.parts[types] != "f32" || inst.parts[types + 3] != "f32" || (type != "bf16" && type != "f16")) {
     return false;
+  }
   op.aux = type == "bf16";
   op.imm = inst.has("m16n8k16") ? 16 : 8;
   for (const Arg& arg : inst.args.at(0).list) op.list.push_back(decoder.def(arg));

@@ -66,8 +66,9 @@ Step init(Warp& warp, const Op& op) {
     int lane = first_lane(lanes);
     Place place = place_of(warp, op, lane);
     u32 count = warp.value32(op.b, lane);
-    if (count == 0 || count > kMaxCount)
+    if (count == 0 || count > kMaxCount) {
       fail("barrier", at(place.offset) + ": count " + std::to_string(count), lane);
+    }
     Cta& cta = *place.cta;
     auto near = cta.mbarriers.lower_bound(place.offset > 7 ? place.offset - 7 : 0);
     if (near != cta.mbarriers.end() && near->first < place.offset + 8) {
@@ -78,7 +79,8 @@ Step init(Warp& warp, const Op& op) {
     barrier.expected = count;
     barrier.pending = count;
     barrier.agent = cta.cluster->add_agent(AgentKind::kLoad, cta.rank << 24 | place.offset);
-    barrier.init_agent = warp.agent;
+    barrier.init_warp = &warp;
+    barrier.init_agent = warp.acting_agent();
     barrier.init_step = warp.step;
     barrier.init_pc = warp.pc;
     cta.mbarriers_from = std::min(cta.mbarriers_from, place.offset);
@@ -92,8 +94,9 @@ Step invalidate(Warp& warp, const Op& op) {
     int lane = first_lane(lanes);
     Place place = place_of(warp, op, lane);
     Mbarrier& barrier = used(warp, place, lane);
-    if (barrier.copies)
+    if (barrier.copies) {
       fail("barrier", at(place.offset) + " is invalidated while copies towards it are under way", lane);
+    }
     if (barrier.last_copy && warp.clock.known(barrier.agent) < barrier.last_copy) {
       fail("race", at(place.offset) + " is invalidated before its copies were waited for", lane);
     }
@@ -120,8 +123,9 @@ i64 phases_known(Warp& warp, const Mbarrier& barrier, int lane) {
   i64 known = warp.clock.known(barrier.agent);
   auto waited = barrier.waited.find(warp.agent * 32u + static_cast<u32>(lane));
   if (waited != barrier.waited.end()) known = std::max(known, waited->second + 1);
-  if (known < barrier.phase && barrier.last_copy < barrier.phase && warp.clock.covers(barrier.completed))
+  if (known < barrier.phase && barrier.last_copy < barrier.phase && warp.clock.covers(barrier.completed)) {
     known = barrier.phase;
+  }
   return known;
 }
 
@@ -136,6 +140,7 @@ void require_phase_known(Warp& warp, const Mbarrier& barrier, u32 offset, int la
 
 Step arrive_on(Warp& warp, const Op& op) {
   u64 states[kLanes] = {};
+  const Clock& known = warp.view();
   for (u32 lanes = warp.exec; lanes; lanes &= lanes - 1) {
     int lane = first_lane(lanes);
     Place place = place_of(warp, op, lane);
@@ -146,7 +151,7 @@ Step arrive_on(Warp& warp, const Op& op) {
     if (op.aux & kExpect) {
       expect(barrier, place.offset, warp.value32(op.c, lane), lane);
     }
-    if (!(op.aux & kRelaxed)) barrier.arrived.join(warp.clock);
+    if (!(op.aux & kRelaxed)) barrier.arrived.join(known);
     if (op.aux & kDrop) {
       if (barrier.expected < count) fail("barrier", at(place.offset) + ": arrive_drop below zero", lane);
       barrier.expected -= count;
@@ -187,8 +192,9 @@ bool phase_over(Warp& warp, const Op& op, Mbarrier& barrier, u32 offset, int lan
   i64 current = barrier.phase, wanted;
   if (op.aux & kParity) {
     u32 parity = warp.value32(op.b, lane);
-    if (parity > 1)
+    if (parity > 1) {
       fail("barrier", at(offset) + ": parity " + std::to_string(parity) + ", expected 0 or 1", lane);
+    }
     // The bit means the first phase of its parity that the warp does not know to be over, or the last one
     // that it does.
     i64 over = phases_known(warp, barrier, lane);
@@ -252,8 +258,9 @@ Step pending_count(Warp& warp, const Op& op) {
 
 Mbarrier& find_mbarrier(Cta& cta, u32 offset, int lane) {
   auto found = cta.mbarriers.find(offset);
-  if (found == cta.mbarriers.end())
+  if (found == cta.mbarriers.end()) {
     fail("barrier", "no mbarrier was initialised at shared memory " + hex(offset), lane);
+  }
   return found->second;
 }
 

@@ -15,6 +15,7 @@ struct Mbarrier {
   u32 agent = kNone;              // its asynchronous copies; step = phase + 1
   u32 copies = 0, last_copy = 0;  // asynchronous copies under way towards it; step of the last one issued
   u32 copy_pc = 0;
+  const void* init_warp = nullptr;
   u32 init_agent = 0, init_step = 0,
       fence_step = 0;  // of fence.mbarrier_init by the initialising warp; 0: none
   u32 init_pc = 0;

@@ -54,8 +54,9 @@ Space resolve(Space space, u64& address) {
 u8* local_bytes(Warp& warp, u64 address, u64 bytes, bool write, int lane) {
   u32 size = warp.world->program.local_bytes;
   address = static_cast<u32>(address);
-  if (address + bytes > size)
+  if (address + bytes > size) {
     fail("out-of-bounds", "local memory " + hex(address) + " of " + std::to_string(size) + " bytes", lane);
+  }
   u64 at = u64{size} * static_cast<u64>(lane) + address;
   if (write) {
     std::memset(&warp.local_init[at], 1, bytes);
@@ -121,8 +122,9 @@ bool same_address(Warp& warp, const u64* at) {
 u64 read_element(const u8* from, u32 size, bool is_signed) {
   u64 value = 0;
   std::memcpy(&value, from, size);
-  if (is_signed && size < 8)
+  if (is_signed && size < 8) {
     value = static_cast<u64>(static_cast<i64>(value << (64 - 8 * size)) >> (64 - 8 * size));
+  }
   return value;
 }
 
@@ -130,16 +132,18 @@ u64 read_element(const u8* from, u32 size, bool is_signed) {
 void fill(Warp& warp, u32 slot, const u8* from, u64 stride, const Op& op, const Request& request) {
   if (request.wide_registers) {
     u64 values[kLanes];
-    for (u64 i = 0; i < kLanes; i++)
+    for (u64 i = 0; i < kLanes; i++) {
       values[i] = read_element(from + i * stride, op.size, request.signed_value);
+    }
     store_lanes(warp, slot, values);
   } else {
     u32 values[kLanes];
     if (op.size == 4) {
       for (u64 i = 0; i < kLanes; i++) std::memcpy(&values[i], from + i * stride, 4);
     } else {
-      for (u64 i = 0; i < kLanes; i++)
+      for (u64 i = 0; i < kLanes; i++) {
         values[i] = static_cast<u32>(read_element(from + i * stride, op.size, request.signed_value));
+      }
     }
     store_lanes(warp, slot, values);
   }
@@ -157,15 +161,17 @@ Step load(Warp& warp, const Op& op) {
   if (together || same_address(warp, at)) {
     space = resolve(space, first);
     if (space == Space::kShared || space == Space::kGlobal) {
-      if (first % bytes)
+      if (first % bytes) {
         fail("misaligned", "address " + hex(first) + " of an access of " + std::to_string(bytes) + " bytes",
              0);
+      }
       u64 total = together ? bytes * kLanes : bytes;
       u8* from = space == Space::kShared ? warp.world->touch_shared(warp, first, total, access, -1)
                                          : place(warp, space, first, bytes, access, 0);
       if (space == Space::kGlobal && together) from = warp.world->touch_global(first, total, access, -1);
-      for (u32 k = 0; k < op.count; k++)
+      for (u32 k = 0; k < op.count; k++) {
         fill(warp, op.list[k], from + k * op.size, together ? bytes : 0, op, request);
+      }
       if (request.atomic) observe(warp, key_of(warp, request.space, at[0]), request.acquire);
       return request.atomic ? Step::kYield : Step::kNext;
     }
@@ -202,7 +208,7 @@ Step store(Warp& warp, const Op& op) {
       std::memcpy(warp.world->touch_shared(warp, first, bytes * kLanes, access, -1), data, bytes * kLanes);
     } else if (space == Space::kGlobal) {
       std::memcpy(warp.world->touch_global(first, bytes * kLanes, access, -1), data, bytes * kLanes);
-      warp.wrote_global |= warp.exec;
+      if (lane_count(warp.exec) > 1) warp.wrote_global |= warp.exec;
     } else {
       for (int i = 0; i < kLanes; i++) {
         std::memcpy(place(warp, space, first + static_cast<u64>(i) * bytes, bytes, access, i),
@@ -218,7 +224,7 @@ Step store(Warp& warp, const Op& op) {
                 data + static_cast<u64>(lane) * bytes, bytes);
     if (request.atomic) publish(warp, key_of(warp, request.space, at[lane]), request.release);
   }
-  warp.wrote_global |= warp.exec;
+  if (lane_count(warp.exec) > 1) warp.wrote_global |= warp.exec;
   return request.atomic ? Step::kYield : Step::kNext;
 }
 
@@ -260,8 +266,9 @@ Region& World::global(u64 address, u64 bytes, bool write, int lane) {
 
 u8* World::touch_global(u64 address, u64 bytes, const Access& access, int lane) {
   Region& region = global(address, bytes, access.write, lane);
-  if (!access.write)
+  if (!access.write) {
     region.shadow->require_initialised(address, bytes, access.async ? "asynchronous read" : "read");
+  }
   if (region.writable) region.shadow->access(address, bytes, access);
   return reinterpret_cast<u8*>(address);
 }
@@ -269,8 +276,9 @@ u8* World::touch_global(u64 address, u64 bytes, const Access& access, int lane) 
 Cta& World::owner(Warp& warp, u64 address, u64 bytes, u32& offset, int lane) {
   u32 index = static_cast<u32>(address) / kCtaStride;
   offset = static_cast<u32>(address) % kCtaStride;
-  if (index > cluster_size)
+  if (index > cluster_size) {
     fail("out-of-bounds", "shared address " + hex(address) + " of a CTA outside the cluster", lane);
+  }
   Cta& cta = index == 0 ? *warp.cta : *warp.cta->cluster->ctas[index - 1];
   if (offset < program.shared_start || offset + bytes > cta.shared.size()) {
     fail("out-of-bounds",
@@ -293,7 +301,9 @@ u8* World::touch_shared(Warp& warp, u64 address, u64 bytes, const Access& access
   if (&cta != warp.cta) touch_remote(warp, cta);
   if (!access.write) cta.shadow->require_initialised(offset, bytes, "read");
   cta.shadow->access(offset, bytes, access);
-  if (access.write && !access.async) warp.wrote_shared |= lane < 0 ? warp.exec : 1u << lane;
+  if (access.write && !access.async && lane_count(warp.exec) > 1) {
+    warp.wrote_shared |= lane < 0 ? warp.exec : 1u << lane;
+  }
   return &cta.shared[offset];
 }
 
@@ -301,9 +311,10 @@ u8* World::touch_shared(Warp& warp, u64 address, u64 bytes, const Access& access
 // Space").
 void World::touch_remote(Warp& warp, Cta& target) {
   if (&target == warp.cta) return;
-  if (!target.running)
+  if (!target.running) {
     fail("exit",
          "access to the shared memory of CTA " + std::to_string(target.linear) + ", which has exited");
+  }
   target.remote[warp.agent] = warp.step;
   target.remote_pc[warp.agent] = warp.pc;
 }

@@ -53,8 +53,9 @@ Step unpack(Warp& warp, const Op& op) {
   for (int i = 0; i < kLanes; i++) source[i] = wide ? warp.reg<u64>(op.a)[i] : warp.reg<u32>(op.a)[i];
   for (size_t k = 0; k < op.list.size(); k++) {
     u32 part[kLanes];
-    for (int i = 0; i < kLanes; i++)
+    for (int i = 0; i < kLanes; i++) {
       part[i] = static_cast<u32>(source[i] >> (k * width) & ((u64{1} << width) - 1));
+    }
     inherit(warp, op.list[k], defined);
     store_lanes(warp, op.list[k], part);
   }

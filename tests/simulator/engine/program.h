@@ -81,8 +81,7 @@ enum class Special : u8 {
   kLaneLt,
   kLaneLe,
   kLaneGt,
-  kLaneGe,
-  kZero
+  kLaneGe
 };
 
 struct SpecialSlot {

@@ -16,13 +16,46 @@ void unblock(Group& group) {
 
 }  // namespace
 
-u64 Warp::epoch() const { return Epoch::make(cta->cluster->id, agent, step); }
+void Warp::advance_clock() {
+  clock.learn(agent, ++step);
+  for (auto [lane, own] : lane_agents) clock.learn(own, step);
+}
 
-Access Warp::access(bool write, bool atomic) const { return {&clock, epoch(), pc, write, false, atomic}; }
+void Warp::sync_lanes() {
+  synced = step;
+  advance_clock();
+}
+
+u32 Warp::acting_agent() {
+  if (lane_count(exec) != 1 || lane_count(alive) == 1) return agent;
+  auto [found, inserted] = lane_agents.try_emplace(first_lane(exec));
+  if (inserted) {
+    found->second = cta->cluster->add_agent(AgentKind::kWarp, cta->rank << 8 | static_cast<u32>(index));
+    clock.learn(found->second, step);
+  }
+  return found->second;
+}
+
+const Clock& Warp::view() {
+  u32 acting = acting_agent();
+  if (acting == agent) return clock;
+  lane_view = clock;
+  auto forget = [this](u32 own) {
+    for (std::vector<u32>* steps : {&lane_view.seen, &lane_view.fenced_shared, &lane_view.fenced_global}) {
+      if (own < steps->size()) (*steps)[own] = std::min((*steps)[own], synced);
+    }
+  };
+  forget(agent);
+  for (auto [lane, own] : lane_agents) {
+    if (own != acting) forget(own);
+  }
+  return lane_view;
+}
 
 u64 Warp::value(u32 slot, int lane, bool wide) {
-  if (!(init[slot] >> lane & 1))
+  if (!(init[slot] >> lane & 1)) {
     fail("uninitialised", "register used as an address or size was never written", lane);
+  }
   return wide ? reg<u64>(slot)[lane] : reg<u32>(slot)[lane];
 }
 
@@ -30,8 +63,9 @@ u32 Warp::uniform(u32 slot, const char* what) {
   u32 first = value32(slot, first_lane(exec));
   for (u32 lanes = exec; lanes; lanes &= lanes - 1) {
     int lane = first_lane(lanes);
-    if (value32(slot, lane) != first)
+    if (value32(slot, lane) != first) {
       fail("barrier", std::string(what) + " differs between the lanes of a warp", lane);
+    }
   }
   return first;
 }
@@ -132,8 +166,9 @@ void World::check_wgmma_registers(Warp& warp, u32 index) {
   }
   for (u32 slot : program.writes[index]) {
     if (busy(slot)) fail("wgmma-register", "an accumulator is written before wgmma.wait_group");
-    if (warp.busy_fragment[slot])
+    if (warp.busy_fragment[slot]) {
       fail("wgmma-register", "a register of operand A is written before wgmma.wait_group");
+    }
     // The compiler places copies and constants freely, on either side of the fence; ptxas orders them.
     if (!move) warp.stamp[slot] = warp.steps;
   }
@@ -187,7 +222,6 @@ void World::run_slice(Warp& warp, Group& start) {
         return;
       } else {
         group.sync_mask = 0;
-        group.timeouts = 0;
         pc++;
         if (pc == join) {
           group.pc = pc;
@@ -280,8 +314,9 @@ void World::run() {
       }
       bool operation = !pending.empty() && (mode == 0 || (mode == 2 && random.chance(1, 2)) ||
                                             (mode == 3 && random.chance(1, 10)));
-      if ((operation || (ready.empty() && !pending.empty()) || idle_slices > 1000) && complete_some())
+      if ((operation || (ready.empty() && !pending.empty()) || idle_slices > 1000) && complete_some()) {
         continue;
+      }
       if (ready.empty()) {
         if (resident.empty()) continue;
         bool woken = false;
@@ -326,8 +361,9 @@ void World::run() {
         const Inst& inst = program.entry->insts[current_->pc];
         fault.ptx_line = inst.line;
         auto file = module.files.find(inst.file);
-        if (file != module.files.end())
+        if (file != module.files.end()) {
           fault.source_line = file->second + ":" + std::to_string(inst.source_line);
+        }
       }
     }
     throw;

@@ -72,8 +72,9 @@ void Shadow::slow(Cell& cell, u64 address, const Access& access) {
   }
   for (const ReadSets::Entry& read : world_.read_sets[cell.reads]) {
     if (access.atomic && (read.pc & 1)) continue;
-    if (read.epoch != access.epoch && !known(read.epoch, access))
+    if (read.epoch != access.epoch && !known(read.epoch, access)) {
       report(address, read.epoch, read.pc >> 1, false, access);
+    }
   }
   cell.write = access.epoch;
   cell.reads = 0;

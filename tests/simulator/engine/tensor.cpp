@@ -29,20 +29,23 @@ void check_map(const TensorMap& map, int lane) {
   }
   if (map.address % 16) bad("misaligned", "address " + hex(map.address) + ", expected a multiple of 16");
   for (i64 stride : map.strides) {
-    if (stride % 16 || stride <= 0 || stride >> 40)
+    if (stride % 16 || stride <= 0 || stride >> 40) {
       bad("misaligned",
           "stride of " + std::to_string(stride) + " bytes, expected a multiple of 16 below 2^40");
+    }
   }
   for (i64 extent : map.extents) {
     if (extent < 1 || extent >> 32) bad("limit", "extent " + std::to_string(extent));
   }
   for (i64 size : map.box) {
-    if (size < 1 || size > 256)
+    if (size < 1 || size > 256) {
       bad("limit", "box of " + std::to_string(size) + " elements in a dimension, at most 256");
+    }
   }
   i64 inner = map.box[0] * map.element_bytes;
-  if (inner % 16)
+  if (inner % 16) {
     bad("misaligned", "inner box of " + std::to_string(inner) + " bytes, expected a multiple of 16");
+  }
   if (map.swizzle && inner > map.swizzle) {
     bad("limit", "inner box of " + std::to_string(inner) + " bytes exceeds the swizzle's " +
                      std::to_string(map.swizzle));
@@ -63,8 +66,9 @@ Box find_box(Warp& warp, const Op& op, int lane) {
              std::to_string(box.map->extents.size()),
          lane);
   }
-  for (size_t i = 1; i < op.list.size(); i++)
+  for (size_t i = 1; i < op.list.size(); i++) {
     box.at.push_back(static_cast<i32>(warp.value32(op.list[i], lane)));
+  }
   box.inner_bytes = static_cast<u64>(box.map->box[0] * box.map->element_bytes);
   for (size_t i = 1; i < box.map->box.size(); i++) box.rows *= static_cast<u64>(box.map->box[i]);
   box.bytes = box.rows * box.inner_bytes;
@@ -127,6 +131,7 @@ void touch_rows(Warp& warp, const Box& box, const Access& access, int lane, bool
 
 Step load(Warp& warp, const Op& op) {
   World& world = *warp.world;
+  const Clock& known = warp.view();
   for (u32 lanes = warp.exec; lanes; lanes &= lanes - 1) {
     int lane = first_lane(lanes);
     Box box = find_box(warp, op, lane);
@@ -143,9 +148,9 @@ Step load(Warp& warp, const Op& op) {
       u32 barrier = shared_offset(warp, (signal & keep) + window, 8, 8, &holder, lane);
       u64 epoch = begin_copy(warp, *holder, barrier, lane);
       u32 phase = Epoch::step(epoch) - 1;
-      touch_rows(warp, box, {&warp.clock, epoch, warp.pc, false, true, false}, lane, false);
+      touch_rows(warp, box, {&known, epoch, warp.pc, false, true, false}, lane, false);
       world.touch_remote(warp, *target);
-      target->shadow->access(to, box.bytes, {&warp.clock, epoch, warp.pc, true, true, false});
+      target->shadow->access(to, box.bytes, {&known, epoch, warp.pc, true, true, false});
       world.copies++;
       World* w = &world;
       world.later(*warp.cta->cluster, [w, holder, target, box, to, barrier, phase] {
@@ -160,6 +165,7 @@ Step load(Warp& warp, const Op& op) {
 
 Step store(Warp& warp, const Op& op) {
   World& world = *warp.world;
+  const Clock& known = warp.view();
   for (u32 lanes = warp.exec; lanes; lanes &= lanes - 1) {
     int lane = first_lane(lanes);
     Box box = find_box(warp, op, lane);
@@ -174,9 +180,8 @@ Step store(Warp& warp, const Op& op) {
       if (!reduce) fail("unsupported", std::string("tensor reduction ") + names[op.f] + " of " + type, lane);
     }
     BulkEpochs epochs = begin_bulk(warp, lane);
-    world.touch_shared(warp, source, box.bytes, {&warp.clock, epochs.read, warp.pc, false, true, false},
-                       lane);
-    touch_rows(warp, box, {&warp.clock, epochs.write, warp.pc, true, true, reduce != nullptr}, lane,
+    world.touch_shared(warp, source, box.bytes, {&known, epochs.read, warp.pc, false, true, false}, lane);
+    touch_rows(warp, box, {&known, epochs.write, warp.pc, true, true, reduce != nullptr}, lane,
                reduce != nullptr);
     auto data = std::make_shared<std::vector<u8>>(box.bytes);
     run_bulk(
@@ -205,8 +210,9 @@ Step store(Warp& warp, const Op& op) {
 Step nothing(Warp& warp, const Op& op) {
   for (u32 lanes = warp.exec; lanes; lanes &= lanes - 1) {
     u64 address = warp.value(op.list[0], first_lane(lanes), true) + op.imm;
-    if (!warp.world->maps.count(address))
+    if (!warp.world->maps.count(address)) {
       fail("out-of-bounds", "no tensor map at " + hex(address), first_lane(lanes));
+    }
   }
   return Step::kNext;
 }

@@ -44,8 +44,9 @@ template <class Visit>
 void for_chunks(const Descriptor& descriptor, bool transposed, u32 first, u32 rows, Visit visit) {
   if (transposed) {
     for (u32 k = 0; k < 16; k++) {
-      for (u32 group = first / 8; group < (first + rows) / 8; group++)
+      for (u32 group = first / 8; group < (first + rows) / 8; group++) {
         visit(descriptor.mn_major(group, k), group * 8, k);
+      }
     }
   } else {
     for (u32 row = first; row < first + rows; row++) {
@@ -170,26 +171,30 @@ Warpgroup& warpgroup_of(Warp& warp) {
 }
 
 void require_whole(Warp& warp) {
-  if (warp.exec != kAllLanes)
+  if (warp.exec != kAllLanes) {
     fail("barrier", "wgmma in divergent code: expected all 32 lanes", first_lane(warp.exec));
+  }
 }
 
 // Register rules of 9.7.15.7.1 "wgmma.fence".
 void check_registers(Warp& warp, const Op& op) {
   if (!warp.wgmma_fenced) fail("wgmma-register", "no wgmma.fence before the warpgroup's first wgmma");
   for (u32 slot : op.list) {
-    if (warp.stamp[slot] > warp.fence_stamp)
+    if (warp.stamp[slot] > warp.fence_stamp) {
       fail("wgmma-register", "an accumulator was used after the last wgmma.fence");
+    }
     if (warp.busy_fragment[slot]) fail("wgmma-register", "an accumulator is operand A of a wgmma in flight");
     if (warp.busy_accumulator[slot] && warp.busy_accumulator[slot] != op.list.size()) {
       fail("wgmma-register", "an accumulator of a wgmma of another shape in flight");
     }
   }
   for (u32 slot : op.list2) {
-    if (warp.stamp[slot] > warp.fence_stamp)
+    if (warp.stamp[slot] > warp.fence_stamp) {
       fail("wgmma-register", "a register of operand A was used after the last wgmma.fence");
-    if (warp.busy_accumulator[slot])
+    }
+    if (warp.busy_accumulator[slot]) {
       fail("wgmma-register", "operand A is the accumulator of a wgmma in flight");
+    }
     if (warp.init[slot] != kAllLanes) fail("uninitialised", "a register of operand A was never written");
   }
 }
@@ -311,8 +316,9 @@ Step wait(Warp& warp, const Op& op) {
     for (u32 slot : registers.fragments) warp.busy_fragment[slot]--;
   }
   for (const WgmmaGroupRegisters& registers : left) {
-    for (u32 slot : registers.accumulators)
+    for (u32 slot : registers.accumulators) {
       warp.busy_accumulator[slot] = static_cast<u16>(registers.accumulators.size());
+    }
   }
   warp.in_flight = std::move(left);
   return Step::kYield;

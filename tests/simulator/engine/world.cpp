@@ -85,7 +85,6 @@ u64 special_value(const Warp& warp, Special special, u32 lane) {
     case Special::kLaneGe:
       return static_cast<u32>(~((1ull << lane) - 1));
     case Special::kGrid:
-    case Special::kZero:
       return 0;
   }
   return 0;
@@ -102,8 +101,9 @@ u32 Cluster::add_agent(AgentKind kind, u32 owner) {
 World::World(const Module& source, const Launch& given) : launch(given), module(source), random(given.seed) {
   threads = launch.block[0] * launch.block[1] * launch.block[2];
   cluster_size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2];
-  if (threads == 0 || threads > 1024)
+  if (threads == 0 || threads > 1024) {
     fail("limit", "block of " + std::to_string(threads) + " threads, at most 1024");
+  }
   for (int i = 0; i < 3; i++) {
     if (launch.cluster[i] == 0 || launch.grid[i] == 0 || launch.grid[i] % launch.cluster[i]) {
       fail("limit", "grid of " + std::to_string(launch.grid[i]) + " in dimension " + std::to_string(i) +
@@ -259,6 +259,7 @@ void World::start_warp(Warp& warp) {
   warp.stamp.assign(program.slots, 0);
   warp.busy_accumulator.assign(program.slots, 0);
   warp.busy_fragment.assign(program.slots, 0);
+  warp.cluster_id = warp.cta->cluster->id;
   warp.clock.learn(warp.agent, warp.step);
   u32 limit = program.entry->max_registers;
   if (!limit) {  // what ptxas would grant: an equal share of 64K registers, in steps of 8

@@ -32,7 +32,6 @@ struct Group {
   u64 ticket = 0;      // barrier generation it waits for + 1
   const Mbarrier* waits_on = nullptr;
   bool timed_out = false;
-  u32 timeouts = 0;
 };
 
 struct BulkGroup {
@@ -62,9 +61,11 @@ struct WgmmaGroupRegisters {
 struct Warp {
   Cta* cta = nullptr;
   World* world = nullptr;
-  int index = 0;  // in the CTA
-  u32 agent = 0;
+  int index = 0;                   // in the CTA
+  u32 agent = 0;                   // of what several lanes do together
+  std::map<int, u32> lane_agents;  // of what a lane did alone
   Clock clock;
+  u32 synced = 0;  // step of its agents up to which every lane knows what the others did
 
   u8* file = nullptr;
   u32* init = nullptr;   // per slot: lanes that hold a defined value
@@ -113,10 +114,17 @@ struct Warp {
     preds[index] = (preds[index] & ~exec) | (lanes & exec);
     pred_init[index] |= exec;
   }
-  void advance_clock() { clock.learn(agent, ++step); }
-  u64 epoch() const;
+  void advance_clock();
+  void sync_lanes();
+  u32 acting_agent();
+  // What the executing lanes know: of other lanes' work since the last bar.warp.sync, a lane alone knows
+  // nothing.
+  const Clock& view();
+  u64 epoch() { return Epoch::make(cluster_id, acting_agent(), step); }
+  u32 cluster_id = 0;
+  Clock lane_view;
   u32 step = 1;
-  Access access(bool write, bool atomic = false) const;
+  Access access(bool write, bool atomic = false) { return {&clock, epoch(), pc, write, false, atomic}; }
 };
 
 struct NamedBarrier {
@@ -125,7 +133,6 @@ struct NamedBarrier {
   Clock arriving, completed;
   u32 reduction_or = 0, reduction_and = 1, reduction_count = 0, result_or = 0, result_and = 0,
       result_count = 0;
-  u64 used = 0;
 };
 
 // One wgmma.mma_async of a warpgroup: it exists once its four warps have issued it.
