@@ -57,8 +57,8 @@ def plan_pool(tensors, video_shape, cube=(4, 4, 4), outputs=(16, 32, 48)):
 
 def pool_coordinates(plan):
     """(head_in_columns, head_in_outer, batch_in_outer) of each input, and the outputs."""
-    numbers = struct.unpack_from("18i3Q", plan.params)
-    return [numbers[9 + 3 * i : 12 + 3 * i] for i in range(3)], numbers[18:21]
+    numbers = struct.unpack_from("20i3Q", plan.params)
+    return [numbers[11 + 3 * i : 14 + 3 * i] for i in range(3)], numbers[20:23]
 
 
 def check_map(tensor_map):

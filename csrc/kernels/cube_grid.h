@@ -33,6 +33,7 @@ struct CubeGrid {
   Extent3 video;
   Extent3 log2_cube;
   Extent3 cubes;
+  uint32_t reciprocal_w, reciprocal_h;  // of cubes.w and cubes.h: see divide()
 
   VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
   VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
@@ -46,9 +47,15 @@ struct CubeGrid {
 
   // First token of a cube.
   VSA_HOST_DEVICE Extent3 origin(int cube) const {
-    int rows = cube / cubes.w;
-    return {rows / cubes.h << log2_cube.t, rows % cubes.h << log2_cube.h,
-            (cube - rows * cubes.w) << log2_cube.w};
+    int row = divide(cube, cubes.w, reciprocal_w);
+    int plane = divide(row, cubes.h, reciprocal_h);
+    return {plane << log2_cube.t, (row - plane * cubes.h) << log2_cube.h,
+            (cube - row * cubes.w) << log2_cube.w};
+  }
+
+  VSA_HOST_DEVICE bool is_full(Extent3 origin) const {
+    return origin.t + (1 << log2_cube.t) <= video.t && origin.h + (1 << log2_cube.h) <= video.h &&
+           origin.w + (1 << log2_cube.w) <= video.w;
   }
 
   // Real tokens along each side of the cube at `origin`.
@@ -79,12 +86,20 @@ struct CubeGrid {
 
   // Bit s is set where slot s is a real token.
   VSA_HOST_DEVICE uint64_t valid_slots(Extent3 origin) const {
+    if (is_full(origin)) return ~uint64_t(0);
     Extent3 side = sides(origin);
     uint64_t row = ones(side.w), plane = 0, mask = 0;
     for (int h = 0; h < side.h; h++) plane |= row << (h << log2_cube.w);
     for (int t = 0; t < side.t; t++) mask |= plane << (t << (log2_cube.h + log2_cube.w));
     return mask;
   }
+
+  // n / d for n below 2^31, by reciprocal(d) instead of a division: one multiplication finds it or one less.
+  VSA_HOST_DEVICE static int divide(int n, int d, uint32_t reciprocal) {
+    int quotient = int(uint64_t(uint32_t(n)) * reciprocal >> 32);
+    return quotient + (n - quotient * d >= d);
+  }
+  static uint32_t reciprocal(int d) { return d == 1 ? ~uint32_t(0) : uint32_t((uint64_t(1) << 32) / d); }
 
   VSA_HOST_DEVICE static uint64_t ones(int count) {
     return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;

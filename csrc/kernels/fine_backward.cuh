@@ -22,8 +22,8 @@ struct FineBackward {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kBackwardConsumers;
   static constexpr int kStages = fine_backward_stages(kHeadDim);
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 56;  // enough to keep its lists and coordinates
+  static constexpr int kConsumerRegisters = 224;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = SharedRing<Tile, kStages, kConsumers, Info>;

@@ -7,7 +7,7 @@
 // works on the stages it is a member of. Per member tile:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
-//   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release stage(i)
+//   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release values(i)
 //
 // A consumer holds the stage of its pending product for at most kStages - 2 stages of others, then finishes
 // it alone: the ring always has room for the stage that everyone waits for, whatever the lists.
@@ -31,11 +31,12 @@ struct FineForward {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
   static constexpr int kStages = fine_forward_stages(kHeadDim);
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 240 : 160;
+  // Enough for the producer to keep its lists and coordinates: at 24 it took 1400 clocks a tile.
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 72 : 80;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 216 : 144;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
-  using Ring = SharedRing<Tile, kStages, kConsumers>;
+  using Ring = SharedRing<Tile, kStages, kConsumers, StageInfo, true>;
   struct Shared {
     Tile query[kConsumers];
     Tile out[kConsumers];             // on its way to global memory
@@ -121,12 +122,13 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   } else {
     mma_wait<0>(scores);
   }
+  ring.release_first(stage);
   if (valid != ~uint64_t(0)) fill_masked(scores, valid, -INFINITY);
   RowVector factor;
   bool rescale = state.softmax.update(scores, factor);
   if constexpr (kPending) {
     mma_wait<0>(state.out, state.probabilities);
-    ring.release(pending);
+    ring.release_second(pending);
   }
   if (rescale) mul_row(state.out, factor);
   convert(state.probabilities, scores);
@@ -139,7 +141,7 @@ VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Ke
   mma_AB(state.out, state.probabilities, ring.second[pending], true);
   mma_commit();
   mma_wait<0>(state.out, state.probabilities);
-  ring.release(pending);
+  ring.release_second(pending);
 }
 
 // A consumer's way round the ring, for one task.

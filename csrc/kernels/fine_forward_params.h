@@ -24,16 +24,16 @@ struct FineForwardParams {
   int32_t num_tasks;  // groups of query cubes, over all heads and batch entries
 };
 
-// One consumer warpgroup a query cube. Registers: 2 consumers of 240, or 3 of 160, beside the producer.
+// One consumer warpgroup a query cube.
 constexpr int fine_forward_consumers(int head_dim) { return head_dim == 128 ? 2 : 3; }
 constexpr int fine_forward_stages(int head_dim) { return head_dim == 128 ? 5 : 10; }
 constexpr int fine_forward_threads(int head_dim) { return (fine_forward_consumers(head_dim) + 1) * 128; }
 constexpr int fine_forward_shared_bytes(int head_dim) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
   int consumers = fine_forward_consumers(head_dim);
-  return round_up(
-      consumers * (2 * tile + 2 * kBarrierBytes) + shared_ring_bytes(tile, fine_forward_stages(head_dim)),
-      kTileAlignment);
+  return round_up(consumers * (2 * tile + 2 * kBarrierBytes) +
+                      shared_ring_bytes(tile, fine_forward_stages(head_dim), kStageInfoBytes, true),
+                  kTileAlignment);
 }
 
 }  // namespace vsa

@@ -54,6 +54,8 @@ CubeGrid make_grid(std::array<int64_t, 3> video_shape, std::array<int64_t, 3> cu
   grid.video = extent(video_shape);
   grid.log2_cube = {log2_of(cube[0]), log2_of(cube[1]), log2_of(cube[2])};
   grid.cubes = extent({cubes_along(0), cubes_along(1), cubes_along(2)});
+  grid.reciprocal_w = CubeGrid::reciprocal(grid.cubes.w);
+  grid.reciprocal_h = CubeGrid::reciprocal(grid.cubes.h);
   double cubes = double(grid.cubes.t) * grid.cubes.h * grid.cubes.w;
   check_argument(cubes < double(kMaxCoordinate) / kCubeTokens, "video_shape: got ", cubes,
                  " cubes, expected fewer than 2^25");

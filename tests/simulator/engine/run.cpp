@@ -170,7 +170,7 @@ void World::check_wgmma_registers(Warp& warp, u32 index) {
       fail("wgmma-register", "a register of operand A is written before wgmma.wait_group");
     }
     // The compiler places copies and constants freely, on either side of the fence; ptxas orders them.
-    if (!move) warp.stamp[slot] = warp.steps;
+    (move ? warp.move_stamp : warp.stamp)[slot] = warp.steps;
   }
 }
 

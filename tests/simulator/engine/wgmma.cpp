@@ -176,25 +176,26 @@ void require_whole(Warp& warp) {
   }
 }
 
+// Registers must be fenced since their last use; a mov, if need be, since the group before.
+bool unfenced(const Warp& warp, u32 slot) {
+  if (warp.stamp[slot] > warp.fence_stamp) return true;
+  return warp.move_stamp[slot] > warp.fence_stamp && warp.fence_stamp < warp.commit_stamp;
+}
+
 // Register rules of 9.7.15.7.1 "wgmma.fence".
 void check_registers(Warp& warp, const Op& op) {
-  if (!warp.wgmma_fenced) fail("wgmma-register", "no wgmma.fence before the warpgroup's first wgmma");
+  auto bad = [](const char* text) { fail("wgmma-register", text); };
+  if (!warp.wgmma_fenced) bad("no wgmma.fence before the warpgroup's first wgmma");
   for (u32 slot : op.list) {
-    if (warp.stamp[slot] > warp.fence_stamp) {
-      fail("wgmma-register", "an accumulator was used after the last wgmma.fence");
-    }
-    if (warp.busy_fragment[slot]) fail("wgmma-register", "an accumulator is operand A of a wgmma in flight");
+    if (unfenced(warp, slot)) bad("an accumulator was used after the last wgmma.fence");
+    if (warp.busy_fragment[slot]) bad("an accumulator is operand A of a wgmma in flight");
     if (warp.busy_accumulator[slot] && warp.busy_accumulator[slot] != op.list.size()) {
-      fail("wgmma-register", "an accumulator of a wgmma of another shape in flight");
+      bad("an accumulator of a wgmma of another shape in flight");
     }
   }
   for (u32 slot : op.list2) {
-    if (warp.stamp[slot] > warp.fence_stamp) {
-      fail("wgmma-register", "a register of operand A was used after the last wgmma.fence");
-    }
-    if (warp.busy_accumulator[slot]) {
-      fail("wgmma-register", "operand A is the accumulator of a wgmma in flight");
-    }
+    if (unfenced(warp, slot)) bad("a register of operand A was used after the last wgmma.fence");
+    if (warp.busy_accumulator[slot]) bad("operand A is the accumulator of a wgmma in flight");
     if (warp.init[slot] != kAllLanes) fail("uninitialised", "a register of operand A was never written");
   }
 }
@@ -294,6 +295,7 @@ Step commit(Warp& warp, const Op&) {
   require_whole(warp);
   warpgroup_of(warp);
   warp.wgmma_committed++;
+  warp.commit_stamp = warp.steps;
   warp.wgmma_open = 0;
   return Step::kYield;
 }

@@ -257,6 +257,7 @@ void World::start_warp(Warp& warp) {
   warp.local.assign(u64{program.local_bytes} * kLanes, 0);
   warp.local_init.assign(warp.local.size(), 0);
   warp.stamp.assign(program.slots, 0);
+  warp.move_stamp.assign(program.slots, 0);
   warp.busy_accumulator.assign(program.slots, 0);
   warp.busy_fragment.assign(program.slots, 0);
   warp.cluster_id = warp.cta->cluster->id;

@@ -95,8 +95,9 @@ struct Warp {
   // wgmma
   bool wgmma_fenced = false;
   u32 wgmma_committed = 0, wgmma_issued = 0, wgmma_open = 0, wgmma_waited = 0;
-  u64 fence_stamp = 0;
-  std::vector<u64> stamp;  // per slot: when an ordinary instruction last touched it (only slots wgmma uses)
+  u64 fence_stamp = 0, commit_stamp = 0;
+  // Per slot that wgmma uses: when an ordinary instruction last touched it, when a mov last wrote it.
+  std::vector<u64> stamp, move_stamp;
   std::vector<u16> busy_accumulator, busy_fragment;
   std::vector<WgmmaGroupRegisters> in_flight;
 
