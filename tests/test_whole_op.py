@@ -12,7 +12,8 @@ from vsa_cuda import _extension, _kernels, ops, video_sparse_attention
 from vsa_cuda.geometry import CubeGrid
 
 KERNEL_OPS = (
-    "coarse_forward", "coarse_backward", "fine_forward", "combine_backward", "transpose_index", "fine_backward",
+    "coarse_forward", "coarse_backward", "fine_forward", "combine_backward", "transpose_index",
+    "fine_backward",
 )  # fmt: skip
 MAX_FORWARD_LAUNCHES = 6
 MAX_BACKWARD_LAUNCHES = 10
@@ -62,7 +63,7 @@ def dense_formula(q, k, v, gate_fine, gate_coarse, selected, grid, scale):
 
 
 def run_op(runner, tensors, grid, topk, seed, **options):
-    """out, selected bool [B, H, N, N], gradients of `tensors` (None where one is no tensor), launches (fwd, bwd)."""
+    """out, selected bool [B, H, N, N], gradients of `tensors` (None for numbers), launches (fwd, bwd)."""
     names = ("query", "key", "value", "gate_fine", "gate_coarse")
     where = "cuda" if runner == "cuda" else "cpu"
     leaves = [
