@@ -29,7 +29,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
 template <class Kernel>
 VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
                                         const FineBackwardParams& params, const FineBackwardTask& task) {
-  MergedList<Kernel::kConsumers> lists;
+  MergedList<Kernel::kConsumers> lists(params.kv_grid, params.block_sizes);
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
     bool exists = i < task.cubes;
@@ -42,8 +42,7 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
     }
     __syncwarp();
   }
-  RingSource source{maps.key,       maps.value,         params.key, params.value,
-                    params.kv_grid, params.block_sizes, task.batch, task.head};
+  RingSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
   RingProducer<typename Kernel::Ring> producer;
   produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
 }

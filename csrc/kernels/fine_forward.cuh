@@ -74,7 +74,7 @@ VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const Fine
   uint32_t query_phase[Kernel::kConsumers] = {};
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
-    MergedList<Kernel::kConsumers> lists;
+    MergedList<Kernel::kConsumers> lists(params.kv_grid, params.block_sizes);
 #pragma unroll
     for (int i = 0; i < Kernel::kConsumers; i++) {
       bool exists = i < task.cubes;
@@ -91,8 +91,7 @@ VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const Fine
       }
       __syncwarp();
     }
-    RingSource source{maps.key,       maps.value,         params.key, params.value,
-                      params.kv_grid, params.block_sizes, task.batch, task.head};
+    RingSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
     produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
   }
 }

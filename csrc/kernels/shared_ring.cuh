@@ -78,8 +78,6 @@ struct RingSource {
   const CUtensorMap& second_map;
   const CubeCoordinates& first_at;
   const CubeCoordinates& second_at;
-  const CubeGrid& grid;
-  const int32_t* block_sizes;  // [num_cubes] valid prefix of each block, or null
   int batch, head;
 };
 
@@ -97,12 +95,11 @@ template <class Ring, int kLists, class Extra>
 VSA_DEVICE void produce(Ring& ring, RingProducer<Ring>& producer, MergedList<kLists>& lists,
                         const RingSource& source, int extra_bytes, Extra extra) {
   RingPosition<Ring::kStages>& at = producer.at;
-  int block;
-  while (uint32_t members = lists.next(block)) {
-    CubeAddress cube{source.batch, source.head, source.grid.origin(block)};
-    int prefix = source.block_sizes ? __ldg(source.block_sizes + block) : kCubeTokens;
-    StageInfo info{source.grid.valid_slots(cube.origin) & CubeGrid::ones(prefix), members};
-    bool clear = prefix < kCubeTokens;
+  ListEntry entry;
+  while (uint32_t members = lists.next(entry)) {
+    CubeAddress cube{source.batch, source.head, entry.origin};
+    StageInfo info{entry.valid, members};
+    bool clear = entry.prefix < kCubeTokens;
     Barrier& arrives = clear ? ring.landed : ring.full[at.stage];
 
     ring.empty[at.stage].wait(at.phase ^ 1);
@@ -116,15 +113,15 @@ VSA_DEVICE void produce(Ring& ring, RingProducer<Ring>& producer, MergedList<kLi
     if (elect_one()) {
       if constexpr (Ring::kSeparate) arrives.arrive_expect(sizeof(ring.second[0]) + extra_bytes);
       load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
-      extra(at.stage, block, arrives);
+      extra(at.stage, entry.block, arrives);
     }
     __syncwarp();
     if (clear) {
       // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
       ring.landed.wait(producer.landed_phase);
       producer.landed_phase ^= 1;
-      zero_rows(ring.first[at.stage], prefix);
-      zero_rows(ring.second[at.stage], prefix);
+      zero_rows(ring.first[at.stage], entry.prefix);
+      zero_rows(ring.second[at.stage], entry.prefix);
       fence_async_shared();  // wgmma reads the zeros through the async proxy
       __syncwarp();
       if (elect_one()) ring.publish(at.stage);
