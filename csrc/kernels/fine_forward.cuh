@@ -30,7 +30,6 @@ struct FineForward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
-  static constexpr uint32_t kAllMembers = (1u << kConsumers) - 1;
   static constexpr int kStages = fine_forward_stages(kHeadDim);
   // Enough for the producer to keep its lists and coordinates: at 24 it took 1400 clocks a tile.
   static constexpr int kProducerRegisters = kHeadDim == 128 ? 72 : 80;
@@ -106,28 +105,11 @@ struct FineForwardState {
   OnlineSoftmax softmax;
 };
 
-// Turns among the consumers on tiles that all of them work on: one's matrix products are in the queue before
-// the next one's, so that its softmax runs while the others multiply, instead of all of them doing the same
-// at once. Named barriers: 1 + consumer is the store's, kTurn + consumer a consumer's turn. Everyone meets
-// these tiles in the same order, and whose turn it is has all tiles before it in the ring: no deadlock.
-template <class Kernel>
-struct Turns {
-  static constexpr int kTurn = 1 + Kernel::kConsumers;
-  static constexpr int kThreads = 2 * kWarpgroupThreads;
-
-  VSA_DEVICE static void pass_on(int consumer) {
-    named_barrier_arrive(kTurn + (consumer + 1) % Kernel::kConsumers, kThreads);
-  }
-  VSA_DEVICE static void wait(int consumer) { named_barrier_sync(kTurn + consumer, kThreads); }
-};
-
 // scores = query key^T of `stage`, while the pending product out += probabilities value of stage `pending`
 // runs; leaves the probabilities of `stage` pending.
 template <class Kernel, bool kPending>
-VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int consumer,
-                                  int stage, int pending, const StageInfo& info) {
-  bool in_turn = info.members == Kernel::kAllMembers;
-  if (in_turn) Turns<Kernel>::wait(consumer);
+VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int stage,
+                                  int pending, uint64_t valid) {
   FloatTile<kCubeTokens> scores;
   mma_fence();
   mma_ABt(scores, state.query, ring.first[stage], false);
@@ -135,15 +117,12 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   if constexpr (kPending) {
     mma_AB(state.out, state.probabilities, ring.second[pending], true);
     mma_commit();
-  }
-  if (in_turn) Turns<Kernel>::pass_on(consumer);
-  if constexpr (kPending) {
     mma_wait<1>(scores);
   } else {
     mma_wait<0>(scores);
   }
   ring.release_first(stage);
-  if (info.valid != ~uint64_t(0)) fill_masked(scores, info.valid, -INFINITY);
+  if (valid != ~uint64_t(0)) fill_masked(scores, valid, -INFINITY);
   RowVector factor;
   bool rescale = state.softmax.update(scores, factor);
   if constexpr (kPending) {
@@ -177,9 +156,9 @@ VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Ke
     members = info.members;
     if (members >> consumer & 1) {
       if (pending == kNone) {
-        fine_forward_step<Kernel, false>(state, ring, consumer, at.stage, pending, info);
+        fine_forward_step<Kernel, false>(state, ring, at.stage, pending, info.valid);
       } else {
-        fine_forward_step<Kernel, true>(state, ring, consumer, at.stage, pending, info);
+        fine_forward_step<Kernel, true>(state, ring, at.stage, pending, info.valid);
       }
       pending = at.stage;
       passed = 0;
@@ -255,7 +234,6 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
                                      const FineForwardParams& params, int consumer) {
   RingPosition<Kernel::kStages> at;
   uint32_t query_phase = 0;
-  if (consumer == Kernel::kConsumers - 1) Turns<Kernel>::pass_on(consumer);  // the first turn
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
     bool exists = consumer < task.cubes;

@@ -56,9 +56,4 @@ VSA_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The part of named barrier `id` that does not wait; `threads` counts those that wait and those that arrive.
-VSA_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 }  // namespace vsa

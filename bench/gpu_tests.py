@@ -1,0 +1,89 @@
+"""Runs the GPU tests and compute-sanitizer and writes the record that says what was last verified, where and when.
+
+python -m bench.gpu_tests --commit $(git rev-parse --short HEAD) --output bench/results/gpu_tests.json
+"""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import machine
+
+ROOT = Path(__file__).parents[1]
+TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+SANITIZED = ["tests/test_gpu_attention.py", "-k", "edge"]
+
+
+def _run(command, seconds):
+    """(exit code or None after `seconds`, output)."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        return result.returncode, result.stdout + result.stderr
+    except subprocess.TimeoutExpired as expired:
+        return None, (expired.stdout or b"").decode(errors="replace")
+
+
+def _count(word, text):
+    found = re.findall(rf"(\d+) {word}", text)
+    return int(found[-1]) if found else 0
+
+
+def _sanitizer(tool, seconds):
+    code, text = _run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *TESTS, *SANITIZED], seconds
+    )
+    summary = re.findall(r"ERROR SUMMARY: .*", text)
+    return {
+        "tests": " ".join(SANITIZED),
+        "exit_code": code,
+        "summary": summary[-1] if summary else f"no summary within {seconds} s",
+        "passed": _count("passed", text),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=240, help="limit of the tests")
+    parser.add_argument("--sanitizer-seconds", type=float, default=90, help="limit of each sanitizer tool")
+    parser.add_argument("--tools", default="memcheck,synccheck")
+    options = parser.parse_args()
+    command = [*TESTS, "tests", "--seed", str(options.seed)]
+    code, text = _run(command, options.seconds)
+    print("\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))))
+    record = {
+        "csrc_sha256": machine.tree_sha256("csrc"),
+        "package_sha256": machine.tree_sha256("vsa_cuda", "tests"),
+        "commit": options.commit,
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 20)[1].strip(),
+        "nvcc": _run(["nvcc", "--version"], 20)[1].strip().splitlines()[-1],
+        "seed": options.seed,
+        "command": " ".join(["python3", *command[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "exit_code": code,
+        "passed": _count("passed", text),
+        "failed": _count("failed", text),
+        "skipped": _count("skipped", text),
+        "sanitizer": {},
+    }
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    for tool in filter(None, options.tools.split(",")):
+        record["sanitizer"][tool] = _sanitizer(tool, options.sanitizer_seconds)
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+    return 0 if code == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
