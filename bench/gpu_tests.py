@@ -1,4 +1,4 @@
-"""Runs the GPU tests and compute-sanitizer and writes the record that says what was last verified, where and when.
+"""Runs the GPU tests and compute-sanitizer, and records what was verified, where and when.
 
 python -m bench.gpu_tests --commit $(git rev-parse --short HEAD) --output bench/results/gpu_tests.json
 """
@@ -60,8 +60,8 @@ def main():
     code, text = _run(command, options.seconds)
     print("\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))))
     record = {
-        "csrc_sha256": machine.tree_sha256("csrc"),
-        "package_sha256": machine.tree_sha256("vsa_cuda", "tests"),
+        "csrc_sha256": machine.tree_sha256(ROOT, "csrc"),
+        "package_sha256": machine.tree_sha256(ROOT, "vsa_cuda", "tests"),
         "commit": options.commit,
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,

@@ -116,12 +116,13 @@ def _dirty() -> bool | None:
 def tree_sha256(root: Path, *folders: str) -> str:
     """SHA-256 over the files under `folders` in sorted path order, each as path + NUL + bytes (DESIGN 7).
 
-    Paths are relative to `root`, with forward slashes. Python's caches are left out.
+    Paths are relative to `root`, with forward slashes. Python's caches and
+    built extensions are left out.
     """
     digest = hashlib.sha256()
     paths = [path for folder in folders for path in (root / folder).rglob("*")]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so":
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

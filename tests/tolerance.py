@@ -14,8 +14,8 @@ def assert_within_tolerance(actual, reference, baseline, name="output", heads_di
     """Checks an output or gradient [B, ..., H, ...], with H at heads_dim, against both rules.
 
     max|actual - reference| <= 2 max|baseline - reference| + eps(actual.dtype) max|reference|, and per (batch,
-    head) the Frobenius error is at most twice that of the baseline; over the whole tensor where a (batch, head)
-    has fewer than FEW_ELEMENTS.
+    head) the Frobenius error is at most twice that of the baseline; over the whole tensor where a (batch,
+    head) has fewer than FEW_ELEMENTS.
 
     Returns:
         (error, bound) of the first rule.
