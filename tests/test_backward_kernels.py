@@ -266,7 +266,7 @@ def test_lists_far_apart_do_not_deadlock(head_dim, run, seed):
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("schedule", range(6))
+@pytest.mark.parametrize("schedule", range(20))
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_schedule_gives_the_same_bits(head_dim, schedule, seed):
     case = Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed)

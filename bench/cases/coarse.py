@@ -136,8 +136,9 @@ def _coarse_backward(problem: Problem) -> Kernel:
         *_inputs(problem), grid.video_shape, grid.cube, problem.topk, problem.scale, True
     )
     batch, heads, cubes, head_dim = out.shape
-    # What combine_backward hands over with a coarse gate of 1: sums of dO over the cubes.
+    # What combine_backward hands over with a coarse gate of 1: sums of dO over the cubes, in the type of out.
     sums = reference.pool(problem.grad_out.float(), grid) * grid.cube_sizes(out.device)[:, None]
+    sums = sums.to(out.dtype)
 
     def checked(outputs) -> Verdict:
         verdict, head = Verdict(), heads - 1
