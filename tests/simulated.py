@@ -5,10 +5,10 @@ import functools
 import pathlib
 from unittest import mock
 
-import poison
 import torch
-from simulator import compile_ptx, simulate
 
+import poison
+from simulator import compile_ptx, simulate
 from vsa_cuda import _extension
 
 NUM_SMS = 3  # so few that a resident CTA takes several tasks

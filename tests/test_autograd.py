@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from inputs import random_index, random_tokens, random_video
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from inputs import random_index, random_tokens, random_video
 from vsa_cuda import block_sparse_attention, video_sparse_attention
 from vsa_cuda.autograd import VideoSparse
 from vsa_cuda.geometry import CubeGrid

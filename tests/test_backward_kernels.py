@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
+
 from attention_cases import EDGE_CASES, LINEAR, Case
 from inputs import random_index
 from tolerance import assert_within_tolerance, half_precision_baseline
-
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
 

@@ -6,6 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from bench import backends, cli, flops, machine, patterns, rows, shapes, timing
+from bench.backends.flex import block_mask
+from bench.backends.tiles import Tiling
+from bench.runner import Options, Runner
 from bench_cases import (  # noqa: F401
     TINY,
     fake_fa3,
@@ -14,11 +19,6 @@ from bench_cases import (  # noqa: F401
     one_thread,
     tiny_problem,
 )
-
-from bench import backends, cli, flops, machine, patterns, rows, shapes, timing
-from bench.backends.flex import block_mask
-from bench.backends.tiles import Tiling
-from bench.runner import Options, Runner
 from vsa_cuda.geometry import CubeGrid
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import TINY, one_thread, tiny_problem  # noqa: F401
 
 from bench import backends, check
+from bench_cases import TINY, one_thread, tiny_problem  # noqa: F401
 from vsa_cuda import block_sparse_attention, reference
 
 GATES = {

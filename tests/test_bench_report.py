@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bench_cases import SAMPLE
 
 from bench import cli, flops, limits, plots, readme, rows
 from bench.floors import TARGETS, find, gather_floor
 from bench.roofline import Ceilings
+from bench_cases import SAMPLE
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import SAMPLE, fake_fa3, fake_fastvideo, found_fa3, one_thread  # noqa: F401
 
 from bench import backends, cli, roofline, rows, shapes
 from bench.cases import session
 from bench.floors import TARGETS
 from bench.models import MODELS
 from bench.runner import Options, Runner
+from bench_cases import SAMPLE, fake_fa3, fake_fastvideo, found_fa3, one_thread  # noqa: F401
 
 # Notes the cases it is told as work_through does; "hang" and "crash" do what they say.
 WORKER = """

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from inputs import dense_attention, random_tokens
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from inputs import dense_attention, random_tokens
 from vsa_cuda import block_sparse_attention, from_block_mask
 
 

@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 from functorch.compile import make_boxed_compiler
-from inputs import random_index, random_tokens, random_video
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from inputs import random_index, random_tokens, random_video
 from vsa_cuda import block_sparse_attention, video_sparse_attention
 from vsa_cuda.geometry import num_cubes
 

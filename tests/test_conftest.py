@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from poison import poison_new_tensors
 
 

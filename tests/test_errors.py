@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from inputs import random_tokens
 
+from inputs import random_tokens
 from vsa_cuda import block_sparse_attention, checks, video_sparse_attention
 
 SHAPE, TOKENS = (3, 5, 6), 90

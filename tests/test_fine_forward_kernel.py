@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from attention_cases import EDGE_CASES, LINEAR, Case
 from simulated import simulated_device
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
-
 from vsa_cuda import _extension, _kernels, reference
 
 pytestmark = [

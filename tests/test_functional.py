@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from inputs import attended, dense_attention, random_index, random_tokens, random_video
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inputs import attended, dense_attention, random_index, random_tokens, random_video
 from vsa_cuda import block_sparse_attention, checks, topk_from_sparsity, video_sparse_attention
 from vsa_cuda.geometry import CubeGrid
 

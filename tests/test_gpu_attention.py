@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from attention_cases import EDGE_CASES, LINEAR, Case
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
-
 from vsa_cuda import block_sparse_attention, reference
 
 pytestmark = pytest.mark.gpu

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from sass import run_cuobjdump
 
+from sass import run_cuobjdump
 from vsa_cuda import _extension
 
 pytestmark = pytest.mark.skipif(not _extension.is_available(), reason="vsa_cuda._C is not built")

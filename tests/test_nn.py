@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import random_tokens
 from torch import nn
 
 import vsa_cuda
+from inputs import random_tokens
 from vsa_cuda import VideoSparseAttention, __main__, _extension, info, video_sparse_attention
 
 SHAPE, TOKENS, HEADS, HEAD_DIM = (3, 5, 6), 90, 2, 64

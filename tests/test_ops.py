@@ -5,8 +5,8 @@ import types
 
 import pytest
 import torch
-from inputs import random_index, random_video
 
+from inputs import random_index, random_video
 from vsa_cuda import _extension, checks, ops, reference
 from vsa_cuda.geometry import CubeGrid
 

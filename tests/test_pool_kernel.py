@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from simulated import simulated_device
 
+from simulated import simulated_device
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
 

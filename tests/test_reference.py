@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oracles import by_token, close, dense, naive, randn, random_lists, token_mask
 from reference_autograd import Fine, VideoSparse
-
 from vsa_cuda import reference
 from vsa_cuda.geometry import CubeGrid
 

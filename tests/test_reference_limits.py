@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from oracles import close, randn
-from reference_autograd import VideoSparse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from oracles import close, randn
+from reference_autograd import VideoSparse
 from vsa_cuda import reference
 from vsa_cuda.geometry import CubeGrid
 

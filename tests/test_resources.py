@@ -9,9 +9,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import sass
 import torch
 
+import sass
 from vsa_cuda import _extension, _kernels
 
 pytestmark = pytest.mark.skipif(

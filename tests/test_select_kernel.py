@@ -4,8 +4,8 @@ import struct
 
 import pytest
 import torch
-from simulated import simulated_device
 
+from simulated import simulated_device
 from vsa_cuda import _extension, _kernels, reference
 
 pytestmark = pytest.mark.skipif(

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
 from tolerance import (
     assert_lse_within_tolerance,
     assert_within_tolerance,
     half_precision_baseline,
     half_precision_coarse_baseline,
 )
-
 from vsa_cuda import reference
 from vsa_cuda.geometry import CubeGrid
 

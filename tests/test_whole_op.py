@@ -5,9 +5,9 @@ from unittest import mock
 
 import pytest
 import torch
+
 from simulated import simulated_device
 from tolerance import assert_within_tolerance
-
 from vsa_cuda import _extension, _kernels, ops, video_sparse_attention
 from vsa_cuda.geometry import CubeGrid
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from simulator import exact
 from simulator.exact import FORMATS, decode, flushed
 from simulator.helpers import assert_floats, float_samples, map_elements

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from simulator.helpers import assert_fault, copy_words, entry, run
 
 pytestmark = pytest.mark.simulator

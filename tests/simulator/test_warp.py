@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from simulator.helpers import assert_fault, entry, map_elements, per_thread, run
 
 pytestmark = pytest.mark.simulator

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from simulator.helpers import swizzled
 
 SWIZZLE_CODE = {0: 0, 128: 1, 64: 2, 32: 3}
