@@ -116,6 +116,8 @@ VSA_DEVICE void store_gradient(const FloatTile<kCols>& gradient, Tile& staging, 
                                const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube) {
   HalfTile<typename Tile::Element, kCols> rounded;
   convert(rounded, gradient);
+  // The tile held an operand: no warp's products may still read it.
+  named_barrier_sync(1 + consumer, kWarpgroupThreads);
   store(staging, rounded);
   fence_async_shared();  // the copy engine reads what this warpgroup wrote
   named_barrier_sync(1 + consumer, kWarpgroupThreads);

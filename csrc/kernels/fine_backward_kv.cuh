@@ -147,8 +147,6 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   if (params.block_sizes) real &= CubeGrid::ones(__ldg(params.block_sizes + cube));
   fill_rows(state.grad_key, real, 0.0f);
   fill_rows(state.grad_value, real, 0.0f);
-  // No warp's products may still read K and V, which the gradients overwrite.
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
   store_gradient(state.grad_key, shared.first[consumer], consumer, maps.grad_key, params.grad_key, address);
   store_gradient(state.grad_value, shared.second[consumer], consumer, maps.grad_value, params.grad_value,
                  address);
