@@ -2,14 +2,9 @@
 
 #include "kernels/cube_grid.h"
 #include "kernels/gate.h"
+#include "kernels/token_rows.h"
 
 namespace vsa {
-
-// Tokens of [batch, tokens, heads, head_dim] with head_dim packed, rows 16-byte aligned.
-struct TokenRows {
-  const void* data;
-  int64_t strides[3];  // elements: batch, token, head
-};
 
 // What is absent is null. Gradients of tensor gates: [batch, tokens, heads, head_dim] packed, the input's
 // type.

@@ -82,7 +82,7 @@ VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename
   for (int i = 0; i < grads.kRegisters; i++) {
     grads.data[i] = scores.data[i] * (grads.data[i] - state.delta.data[(i / 2) % 2]);
   }
-  if (valid != ~uint64_t(0)) fill_masked(grads, valid, 0.0f);
+  if (valid != ~uint64_t(0)) fill_masked(grads, {valid}, 0.0f);
   HalfTile<typename Kernel::T, kCubeTokens> grad_scores;
   convert(grad_scores, grads);
   mma_fence();

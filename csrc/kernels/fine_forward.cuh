@@ -2,48 +2,47 @@
 // list.
 //
 // A CTA takes task after task; a task is a few neighbouring query cubes of one head, one consumer warpgroup
-// each. The producer warpgroup walks their merged lists and loads each key and value cube once into a ring;
-// it runs ahead over the end of a task, so that the next one's tiles land during the epilogue. A consumer
-// works on the stages it is a member of. Per member tile:
+// each. Three producer warps load: one the queries, one the keys, one the values. The latter two walk the
+// consumers' merged lists in pairs of cubes that the same consumers chose, so that each is loaded once; they
+// run ahead over the end of a task, and the next one's tiles land during the epilogue. A consumer works on
+// the stages it is a member of, 128 keys at a time. Per member stage:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
 //   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release values(i)
 //
-// A consumer holds the stage of its pending product for at most kStages - 2 stages of others, then finishes
+// A consumer holds the values of its pending product for at most kStages - 1 stages of others, then finishes
 // it alone: the ring always has room for the stage that everyone waits for, whatever the lists.
 #pragma once
 
 #include "kernels/fine_forward_params.h"
 #include "kernels/gate.cuh"
 #include "kernels/online_softmax.cuh"
-#include "kernels/shared_ring.cuh"
+#include "kernels/pair_ring.cuh"
 #include "tiles/wgmma.cuh"
 
 namespace vsa {
 
 struct FineForwardMaps {
-  CUtensorMap query, key, value, out, out_fine;
+  CUtensorMap query, key, value;
 };
 
 template <int kHeadDim_, class T_>
 struct FineForward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
+  static constexpr int kConsumers = kForwardConsumers;
   static constexpr int kStages = fine_forward_stages(kHeadDim);
-  // Enough for the producer to keep its lists and coordinates: at 24 it took 1400 clocks a tile.
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 72 : 80;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 216 : 144;
+  static constexpr int kStageTokens = 2 * kCubeTokens;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
 
-  using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
-  using Ring = SharedRing<Tile, kStages, kConsumers, StageInfo, true>;
+  using QueryTile = SharedTile<T, kCubeTokens, kHeadDim>;
+  using Ring = PairRing<SharedTile<T, kStageTokens, kHeadDim>, kStages, kConsumers>;
   struct Shared {
-    Tile query[kConsumers];
-    Tile out[kConsumers];             // on its way to global memory
-    Ring ring;                        // first: keys, second: values
+    QueryTile query[kConsumers];
+    Ring ring;
     Barrier query_full[kConsumers];   // the producer's arrival and the tile's bytes
-    Barrier query_empty[kConsumers];  // an arrival by each warp of the consumer, once it holds the tile in
-                                      // registers
+    Barrier query_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
   };
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
@@ -66,68 +65,180 @@ VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params, in
           min(Kernel::kConsumers, params.q_grid.num_cubes() - first)};
 }
 
-// The whole producer warp.
+// The warp that loads queries.
 template <class Kernel>
-VSA_DEVICE void fine_forward_produce(typename Kernel::Shared& shared, const FineForwardMaps& maps,
-                                     const FineForwardParams& params) {
-  RingProducer<typename Kernel::Ring> producer;
-  uint32_t query_phase[Kernel::kConsumers] = {};
+VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const FineForwardMaps& maps,
+                                          const FineForwardParams& params) {
+  uint32_t phase[Kernel::kConsumers] = {};
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
-    MergedList<Kernel::kConsumers> lists(params.kv_grid, params.block_sizes);
 #pragma unroll
     for (int i = 0; i < Kernel::kConsumers; i++) {
-      bool exists = i < task.cubes;
-      int cube = task.cube(params.q_grid, exists ? i : 0);
-      lists.start(i, params.lists.list(task.batch, task.head, cube),
-                  exists ? params.lists.count(task.batch, task.head, cube) : 0);
-      if (!exists) continue;
-      shared.query_empty[i].wait(query_phase[i] ^ 1);
-      query_phase[i] ^= 1;
+      if (i >= task.cubes) continue;
+      shared.query_empty[i].wait(phase[i] ^ 1);
+      phase[i] ^= 1;
       if (elect_one()) {
+        CubeAddress cube{task.batch, task.head, params.q_grid.origin(task.cube(params.q_grid, i))};
         shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
-        load_cube(shared.query[i], maps.query, params.query,
-                  {task.batch, task.head, params.q_grid.origin(cube)}, shared.query_full[i]);
+        load_cube(shared.query[i], maps.query, params.query, cube, shared.query_full[i]);
       }
       __syncwarp();
     }
-    RingSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
-    produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
+  }
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_forward_start(BlockPairs<Kernel::kConsumers>& pairs, const FineForwardParams& params,
+                                   const FineForwardTask& task) {
+#pragma unroll
+  for (int i = 0; i < Kernel::kConsumers; i++) {
+    bool exists = i < task.cubes;
+    int cube = task.cube(params.q_grid, exists ? i : 0);
+    pairs.start(i, params.lists.list(task.batch, task.head, cube),
+                exists ? params.lists.count(task.batch, task.head, cube) : 0);
+  }
+}
+
+VSA_DEVICE int valid_prefix(const FineForwardParams& params, int block) {
+  return params.block_sizes ? __ldg(params.block_sizes + block) : kCubeTokens;
+}
+
+VSA_DEVICE uint64_t valid_rows(const FineForwardParams& params, int block, const Extent3& origin) {
+  return params.kv_grid.valid_slots(origin) & CubeGrid::ones(valid_prefix(params, block));
+}
+
+// The warp that loads keys and says what a stage holds.
+template <class Kernel>
+VSA_DEVICE void fine_forward_load_keys(typename Kernel::Ring& ring, const FineForwardMaps& maps,
+                                       const FineForwardParams& params) {
+  RingPosition<Kernel::kStages> at;
+  BlockPairs<Kernel::kConsumers> pairs(ring.key_plan);
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineForwardTask task = fine_forward_task<Kernel>(params, index);
+    fine_forward_start<Kernel>(pairs, params, task);
+    BlockPair pair;
+    do {
+      pair = pairs.next();
+      Extent3 origins[2] = {params.kv_grid.origin(pair.first), params.kv_grid.origin(pair.second)};
+      PairInfo info{.members = pair.members, .last = pair.last};
+      info.valid[0] = valid_rows(params, pair.first, origins[0]);
+      info.valid[1] = pair.padded ? 0 : valid_rows(params, pair.second, origins[1]);
+      info.partial = (info.valid[0] & info.valid[1]) != ~uint64_t(0);
+      Barrier& full = ring.key_barriers.full[at.stage];
+      ring.key_barriers.empty[at.stage].wait(at.phase ^ 1);
+      if (elect_one()) {
+        ring.info[at.stage] = info;
+        if (pair.members) {
+          full.arrive_expect(Kernel::Ring::Tile::kBytes);
+          load_pair(ring.keys[at.stage], maps.key, params.key, task.batch, task.head, origins, full);
+        } else {
+          full.arrive();
+        }
+      }
+      __syncwarp();
+      at.advance();
+    } while (!pair.last);
+  }
+}
+
+// The warp that loads values.
+template <class Kernel>
+VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const FineForwardMaps& maps,
+                                         const FineForwardParams& params) {
+  RingPosition<Kernel::kStages> at;
+  uint32_t landed_phase = 0;
+  BlockPairs<Kernel::kConsumers> pairs(ring.value_plan);
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineForwardTask task = fine_forward_task<Kernel>(params, index);
+    fine_forward_start<Kernel>(pairs, params, task);
+    BlockPair pair;
+    do {
+      pair = pairs.next();
+      Extent3 origins[2] = {params.kv_grid.origin(pair.first), params.kv_grid.origin(pair.second)};
+      int prefixes[2] = {valid_prefix(params, pair.first), valid_prefix(params, pair.second)};
+      bool clear = pair.members && min(prefixes[0], prefixes[1]) < kCubeTokens;
+      auto& tile = ring.values[at.stage];
+      Barrier& full = ring.value_barriers.full[at.stage];
+      Barrier& arrives = clear ? ring.landed : full;
+      ring.value_barriers.empty[at.stage].wait(at.phase ^ 1);
+      if (elect_one()) {
+        if (pair.members) {
+          arrives.arrive_expect(Kernel::Ring::Tile::kBytes);
+          load_pair(tile, maps.value, params.value, task.batch, task.head, origins, arrives);
+        } else {
+          full.arrive();
+        }
+      }
+      __syncwarp();
+      if (clear) {
+        // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
+        ring.landed.wait(landed_phase);
+        landed_phase ^= 1;
+        for (int i = 0; i < 2; i++) zero_rows(tile, i * kCubeTokens + prefixes[i], (i + 1) * kCubeTokens);
+        fence_async_shared();  // wgmma reads the zeros through the async proxy
+        __syncwarp();
+        if (elect_one()) full.arrive();
+      }
+      at.advance();
+    } while (!pair.last);
   }
 }
 
 // A consumer's registers through the loop.
 template <class Kernel>
 struct FineForwardState {
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> query;
   FloatTile<Kernel::kHeadDim> out;
-  HalfTile<typename Kernel::T, kCubeTokens> probabilities;  // of the pending stage
+  HalfTile<typename Kernel::T, Kernel::kStageTokens> probabilities;  // of the pending stage
   OnlineSoftmax softmax;
 };
 
-// scores = query key^T of `stage`, while the pending product out += probabilities value of stage `pending`
-// runs; leaves the probabilities of `stage` pending.
+// Where all consumers work on a stage, they issue its products one after the other: the softmax of one then
+// runs beside the products of the others, not beside theirs. A barrier for each consumer, which it waits at
+// and its predecessor arrives at; the last consumer is the first one's.
+template <int kConsumers>
+struct Turns {
+  static constexpr int kThreads = 2 * kWarpgroupThreads;
+
+  // Before the first turn.
+  VSA_DEVICE static void start(int consumer) {
+    if (consumer == kConsumers - 1) pass(consumer);
+  }
+  VSA_DEVICE static void await(int consumer) { named_barrier_sync(1 + consumer, kThreads); }
+  VSA_DEVICE static void pass(int consumer) {
+    named_barrier_arrive(1 + (consumer + 1 == kConsumers ? 0 : consumer + 1), kThreads);
+  }
+};
+
+// scores = query key^T of stage `at`, while the pending product out += probabilities value of stage `pending`
+// runs; leaves the probabilities of `at` pending.
 template <class Kernel, bool kPending>
-VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::Ring& ring, int stage,
-                                  int pending, uint64_t valid) {
-  FloatTile<kCubeTokens> scores;
+VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
+                                  typename Kernel::Ring& ring, int consumer, bool all, int stage,
+                                  const RingPosition<Kernel::kStages>& pending) {
+  using Turn = Turns<Kernel::kConsumers>;
+  FloatTile<Kernel::kStageTokens> scores;
+  if constexpr (kPending) ring.value_barriers.full[pending.stage].wait(pending.phase);
+  if (all) Turn::await(consumer);
   mma_fence();
-  mma_ABt(scores, state.query, ring.first[stage], false);
+  mma_ABt(scores, query, ring.keys[stage], false);
   mma_commit();
   if constexpr (kPending) {
-    mma_AB(state.out, state.probabilities, ring.second[pending], true);
+    mma_AB(state.out, state.probabilities, ring.values[pending.stage], true);
     mma_commit();
+  }
+  if (all) Turn::pass(consumer);
+  if constexpr (kPending) {
     mma_wait<1>(scores);
   } else {
     mma_wait<0>(scores);
   }
-  ring.release_first(stage);
-  if (valid != ~uint64_t(0)) fill_masked(scores, valid, -INFINITY);
+  if (ring.info[stage].partial) fill_masked(scores, ring.info[stage].valid, -INFINITY);
+  ring.key_barriers.release(stage);
   RowVector factor;
   bool rescale = state.softmax.update(scores, factor);
   if constexpr (kPending) {
     mma_wait<0>(state.out, state.probabilities);
-    ring.release_second(pending);
+    ring.value_barriers.release(pending.stage);
   }
   if (rescale) mul_row(state.out, factor);
   convert(state.probabilities, scores);
@@ -135,67 +246,84 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
 
 template <class Kernel>
 VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
-                                    int pending) {
+                                    const RingPosition<Kernel::kStages>& pending) {
+  ring.value_barriers.full[pending.stage].wait(pending.phase);
   mma_fence();
-  mma_AB(state.out, state.probabilities, ring.second[pending], true);
+  mma_AB(state.out, state.probabilities, ring.values[pending.stage], true);
   mma_commit();
   mma_wait<0>(state.out, state.probabilities);
-  ring.release_second(pending);
+  ring.value_barriers.release(pending.stage);
 }
 
-// A consumer's way round the ring, for one task.
-template <class Kernel>
-VSA_DEVICE void fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
-                                    RingPosition<Kernel::kStages>& at, int consumer) {
-  constexpr int kNone = -1;
-  int pending = kNone, passed = 0;
-  uint32_t members;
-  do {
-    ring.full[at.stage].wait(at.phase);
-    StageInfo info = ring.info[at.stage];
-    members = info.members;
-    if (members >> consumer & 1) {
-      if (pending == kNone) {
-        fine_forward_step<Kernel, false>(state, ring, at.stage, pending, info.valid);
-      } else {
-        fine_forward_step<Kernel, true>(state, ring, at.stage, pending, info.valid);
-      }
-      pending = at.stage;
-      passed = 0;
-    } else {
-      ring.release(at.stage);
-      if (pending != kNone && (members == 0 || ++passed == Kernel::kStages - 2)) {
-        fine_forward_finish(state, ring, pending);
-        pending = kNone;
-      }
+// Where a consumer stands in the ring. Its place among the values lags behind: it is that of the pending
+// product, or the keys'.
+template <int kStages>
+struct ConsumerPosition {
+  RingPosition<kStages> keys, values;
+  int passed = 0;  // stages of others from `values` to `keys`, the pending one apart
+
+  // Values of others, up to the keys' place.
+  template <class Ring>
+  VSA_DEVICE void pass_values(Ring& ring) {
+    for (; passed > 0; passed--) {
+      ring.value_barriers.full[values.stage].wait(values.phase);
+      ring.value_barriers.release(values.stage);
+      values.advance();
     }
-    at.advance();
-  } while (members != 0);
-}
-
-// One consumer's tile through shared memory to global.
-template <class Kernel>
-VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, typename Kernel::Tile& staging,
-                                   int consumer, const CUtensorMap& map, const CubeCoordinates& at,
-                                   const CubeAddress& cube) {
-  bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> rounded;
-  convert(rounded, tile);
-  if (first_thread) store_wait_read<0>();  // the copy engine has read the tile that was here before
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
-  store(staging, rounded);
-  fence_async_shared();  // the copy engine reads what this warpgroup wrote
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
-  if (first_thread) {
-    store_cube(map, at, cube, staging);
-    store_commit();
   }
+};
+
+// A consumer's way round the ring, for one task. True if the last product is still pending.
+template <class Kernel>
+VSA_DEVICE bool fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
+                                    typename Kernel::Ring& ring, ConsumerPosition<Kernel::kStages>& at,
+                                    int consumer) {
+  bool pending = false, last;
+  do {
+    ring.key_barriers.full[at.keys.stage].wait(at.keys.phase);
+    const PairInfo& info = ring.info[at.keys.stage];
+    last = __any_sync(0xffffffffu, info.last);  // by vote: the compiler then knows that warps stay whole
+    bool member = __any_sync(0xffffffffu, info.members >> consumer & 1);
+    bool all = __any_sync(0xffffffffu, info.members == (1u << Kernel::kConsumers) - 1);
+    if (member && pending) {
+      fine_forward_step<Kernel, true>(state, query, ring, consumer, all, at.keys.stage, at.values);
+      at.values.advance();
+      at.pass_values(ring);
+    } else if (member) {
+      fine_forward_step<Kernel, false>(state, query, ring, consumer, all, at.keys.stage, at.values);
+      pending = true;
+    } else {
+      ring.key_barriers.release(at.keys.stage);
+      at.passed++;
+      if (pending && at.passed == Kernel::kStages - 1) {
+        fine_forward_finish(state, ring, at.values);
+        at.values.advance();
+        pending = false;
+      }
+      if (!pending) at.pass_values(ring);
+    }
+    at.keys.advance();
+  } while (!last);
+  return pending;
+}
+
+// One consumer's rows to global memory. Slots outside the video have none.
+template <class Kernel>
+VSA_DEVICE void fine_forward_store(const FloatTile<Kernel::kHeadDim>& tile, const TokenRows& rows,
+                                   const CubeGrid& grid, const CubeAddress& cube) {
+  using T = typename Kernel::T;
+  T* row[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int64_t token = grid.token(cube.origin, tile_row(half));
+    row[half] = token < 0 ? nullptr : static_cast<T*>(rows.at(cube.batch, token, cube.head));
+  }
+  store_rows<T>(row, tile);
 }
 
 template <class Kernel>
-VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename Kernel::Tile& staging,
-                                      int consumer, const FineForwardMaps& maps,
-                                      const FineForwardParams& params, const CubeAddress& address, int cube) {
+VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, const FineForwardParams& params,
+                                      const CubeAddress& address, int cube) {
   int prefix = params.q_block_sizes ? __ldg(params.q_block_sizes + cube) : kCubeTokens;
   uint64_t valid = params.q_grid.valid_slots(address.origin) & CubeGrid::ones(prefix);
   int64_t row = (int64_t(address.batch) * params.heads + address.head) * params.q_grid.num_cubes() + cube;
@@ -214,9 +342,7 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename 
   fill_rows(state.out, valid, 0.0f);  // rows of pads: whatever they were computed from, NaN included
 
   if (params.combine) {
-    if (params.store_out_fine) {
-      fine_forward_store<Kernel>(state.out, staging, consumer, maps.out_fine, params.out_fine, address);
-    }
+    if (params.store_out_fine) fine_forward_store<Kernel>(state.out, params.out_fine, params.q_grid, address);
     multiply_gate<typename Kernel::T>(state.out, params.gate_fine, params.q_grid, address, valid);
     if (params.coarse) {
       int64_t first = (int64_t(address.batch) * params.heads + address.head) * params.coarse_grid.num_cubes();
@@ -225,15 +351,16 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, typename 
                        valid);
     }
   }
-  fine_forward_store<Kernel>(state.out, staging, consumer, maps.out, params.out, address);
+  fine_forward_store<Kernel>(state.out, params.out, params.q_grid, address);
 }
 
 // One consumer warpgroup.
 template <class Kernel>
-VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardMaps& maps,
-                                     const FineForwardParams& params, int consumer) {
-  RingPosition<Kernel::kStages> at;
+VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardParams& params,
+                                     int consumer) {
+  ConsumerPosition<Kernel::kStages> at;
   uint32_t query_phase = 0;
+  Turns<Kernel::kConsumers>::start(consumer);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
     bool exists = consumer < task.cubes;
@@ -242,19 +369,19 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
     if (exists) {
       shared.query_full[consumer].wait(query_phase);
       query_phase ^= 1;
-      load(state.query, shared.query[consumer]);
-      __syncwarp();
-      if (elect_one()) shared.query_empty[consumer].arrive();
     }
-    fine_forward_attend(state, shared.ring, at, consumer);
-    if (exists) {
-      int cube = task.cube(params.q_grid, consumer);
-      CubeAddress address{task.batch, task.head, params.q_grid.origin(cube)};
-      fine_forward_epilogue(state, shared.out[consumer], consumer, maps, params, address, cube);
+    bool pending = fine_forward_attend(state, shared.query[consumer], shared.ring, at, consumer);
+    if (!exists) continue;
+    __syncwarp();
+    if (lane_id() == 0) shared.query_empty[consumer].arrive();
+    if (pending) {
+      fine_forward_finish(state, shared.ring, at.values);
+      at.values.advance();
+      at.pass_values(shared.ring);
     }
+    int cube = task.cube(params.q_grid, consumer);
+    fine_forward_epilogue(state, params, {task.batch, task.head, params.q_grid.origin(cube)}, cube);
   }
-  if (threadIdx.x % kWarpgroupThreads == 0)
-    store_wait_read<0>();  // shared memory outlives the last store's reading
 }
 
 template <int kHeadDim, class T>
@@ -268,17 +395,20 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
     for (Barrier& barrier : shared.query_full) barrier.init(1);
     for (Barrier& barrier : shared.query_empty) barrier.init(kWarpgroupThreads / kWarpThreads);
     fence_barrier_init();
-    for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value, &maps.out}) prefetch_map(*map);
+    for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value}) prefetch_map(*map);
   }
   __syncthreads();
 
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
-    if (warp_in_warpgroup() == 0) fine_forward_produce<Kernel>(shared, maps, params);
+    int warp = warp_id() % 4;
+    if (warp == 0) fine_forward_load_keys<Kernel>(shared.ring, maps, params);
+    if (warp == 1) fine_forward_load_values<Kernel>(shared.ring, maps, params);
+    if (warp == 2) fine_forward_load_queries<Kernel>(shared, maps, params);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
-    fine_forward_consume<Kernel>(shared, maps, params, warpgroup);
+    fine_forward_consume<Kernel>(shared, params, warpgroup);
   }
 }
 

@@ -3,14 +3,16 @@
 #include "kernels/block_list.h"
 #include "kernels/cube_grid.h"
 #include "kernels/gate.h"
-#include "kernels/shared_ring.h"
+#include "kernels/pair_ring.h"
+#include "kernels/token_rows.h"
 
 namespace vsa {
 
 struct FineForwardParams {
   CubeGrid q_grid, kv_grid;
   CubeGrid coarse_grid;                              // the cubes of `coarse`; of the same tokens as q_grid
-  CubeCoordinates query, key, value, out, out_fine;  // of the maps of the same names
+  CubeCoordinates query, key, value;                 // of the maps of the same names
+  TokenRows out, out_fine;
   BlockLists lists;                                  // key blocks of each query block
   const int32_t* block_sizes;    // [num_kv_blocks] valid prefix, or null: all of each cube
   const int32_t* q_block_sizes;  // [num_q_blocks], likewise
@@ -24,15 +26,14 @@ struct FineForwardParams {
   int32_t num_tasks;  // groups of query cubes, over all heads and batch entries
 };
 
-// One consumer warpgroup a query cube.
-constexpr int fine_forward_consumers(int head_dim) { return head_dim == 128 ? 2 : 3; }
-constexpr int fine_forward_stages(int head_dim) { return head_dim == 128 ? 5 : 10; }
-constexpr int fine_forward_threads(int head_dim) { return (fine_forward_consumers(head_dim) + 1) * 128; }
+// One consumer warpgroup a query cube; a stage holds the keys and values of two cubes.
+constexpr int kForwardConsumers = 2;
+constexpr int fine_forward_stages(int head_dim) { return head_dim == 128 ? 3 : 6; }
+constexpr int kForwardThreads = (kForwardConsumers + 1) * 128;
 constexpr int fine_forward_shared_bytes(int head_dim) {
-  int tile = kCubeTokens * head_dim * kHalfBytes;
-  int consumers = fine_forward_consumers(head_dim);
-  return round_up(consumers * (2 * tile + 2 * kBarrierBytes) +
-                      shared_ring_bytes(tile, fine_forward_stages(head_dim), kStageInfoBytes, true),
+  int queries = kForwardConsumers * (kCubeTokens * head_dim * kHalfBytes);
+  return round_up(queries + pair_ring_bytes(head_dim, fine_forward_stages(head_dim), kForwardConsumers) +
+                      2 * kForwardConsumers * kBarrierBytes,
                   kTileAlignment);
 }
 

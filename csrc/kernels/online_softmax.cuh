@@ -12,6 +12,19 @@ namespace vsa {
 // holds.
 constexpr float kRescaleThreshold = 8.0f;
 
+// Keeps the exponentials that `sum` adds up above the caller's wait for a running product, which they are
+// meant to run beside: ptxas would move the wait up, but moves none over a store. Sums are never negative.
+VSA_DEVICE void settle(const RowVector& sum) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.lt.f32 p, %0, 0f00000000;\n"
+      "@p st.shared.f32 [%1], %0;\n"
+      "}\n" ::"f"(sum.data[0] + sum.data[1]),
+      "r"(0)
+      : "memory");
+}
+
 class OnlineSoftmax {
  public:
   VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
@@ -20,22 +33,21 @@ class OnlineSoftmax {
   // be multiplied by `factor`.
   template <int kCols>
   VSA_DEVICE bool update(FloatTile<kCols>& scores, RowVector& factor) {
-    RowVector maximum;
-    row_max(maximum, scores, maximum_);
+    RowVector maximum;  // of this tile
+    row_max(maximum, scores);
     bool moved = maximum.data[0] * scale_ > reference_.data[0] + kRescaleThreshold ||
                  maximum.data[1] * scale_ > reference_.data[1] + kRescaleThreshold;
     bool rescale = __any_sync(0xffffffffu, moved);
     if (rescale) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float reference = maximum.data[half] * scale_;
+        float reference = fmaxf(maximum.data[half] * scale_, reference_.data[half]);
         factor.data[half] =
             reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
         sum_.data[half] *= factor.data[half];
         reference_.data[half] = reference;
       }
     }
-    maximum_ = maximum;
 #pragma unroll
     for (int i = 0; i < scores.kRegisters; i++) {
       float reference = reference_.data[(i / 2) % 2];
@@ -43,9 +55,7 @@ class OnlineSoftmax {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, reference == -INFINITY ? 0.0f : -reference));
     }
     add_row_sum(sum_, scores);
-    // Never so. ptxas would move the caller's wait for a running product above the exponentials, which are
-    // meant to run beside it; a branch on their sum keeps them on this side.
-    if (sum_.data[0] < 0.0f || sum_.data[1] < 0.0f) __trap();
+    settle(sum_);
     return rescale;
   }
 
@@ -67,7 +77,6 @@ class OnlineSoftmax {
 
  private:
   float scale_;
-  RowVector maximum_ = {-INFINITY, -INFINITY};    // of unscaled scores
   RowVector reference_ = {-INFINITY, -INFINITY};  // in log2 units
   RowVector sum_ = {0.0f, 0.0f};                  // this lane's part
 };

@@ -113,6 +113,22 @@ CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const cha
   return result;
 }
 
+TokenRows make_token_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
+  check_argument(tensor.tokens == grid.num_tokens(), argument, ": got ", tensor.tokens, " tokens, expected ",
+                 grid.num_tokens(), " = T * H * W");
+  check_argument(tensor.address != 0 && tensor.address % 16 == 0, argument,
+                 ": got an address that is null or not 16-byte aligned; copy the tensor");
+  TokenRows rows{pointer<void>(tensor.address), {}};
+  const int64_t lengths[3] = {tensor.batch, tensor.tokens, tensor.heads};
+  for (int i = 0; i < 3; i++) {
+    int64_t stride = lengths[i] > 1 ? tensor.strides[i] : 0;
+    check_argument(stride % kVectorElements == 0, argument, ": got a stride of ", stride,
+                   " elements, expected a multiple of 8 (16 bytes); make the tensor contiguous");
+    rows.strides[i] = stride;
+  }
+  return rows;
+}
+
 void check_same_heads(const TokenTensor& tensor, const TokenTensor& expected, const char* argument) {
   auto words = [](const TokenTensor& x) {
     return text("batch ", x.batch, ", heads ", x.heads, ", head_dim ", x.head_dim, ", ", name(x.type));

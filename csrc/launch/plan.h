@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cube_grid.h"
+#include "kernels/token_rows.h"
 
 namespace vsa {
 
@@ -70,6 +71,10 @@ struct CubeMap {
   CubeCoordinates coordinates;
 };
 CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const char* argument);
+
+// Rows that a kernel reads or writes 16 bytes at a time. `argument` names the tensor in errors.
+constexpr int kVectorElements = 8;  // of 16 bits
+TokenRows make_token_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument);
 
 // Kernels exist for head_dim 64 and 128, bf16 and fp16: "<stem>_d128_bf16".
 std::string kernel_name(const char* stem, int64_t head_dim, ElementType type);

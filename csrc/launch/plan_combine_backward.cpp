@@ -7,24 +7,6 @@ namespace vsa {
 
 namespace {
 
-constexpr int kVectorElements = 8;  // of 16 bits in 16 bytes
-
-TokenRows make_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
-  check_argument(tensor.tokens == grid.num_tokens(), argument, ": got ", tensor.tokens, " tokens, expected ",
-                 grid.num_tokens(), " = T * H * W");
-  check_argument(tensor.address != 0 && tensor.address % 16 == 0, argument,
-                 ": got an address that is null or not 16-byte aligned; copy the tensor");
-  TokenRows rows{pointer<const void>(tensor.address), {}};
-  const int64_t lengths[3] = {tensor.batch, tensor.tokens, tensor.heads};
-  for (int i = 0; i < 3; i++) {
-    int64_t stride = lengths[i] > 1 ? tensor.strides[i] : 0;
-    check_argument(stride % kVectorElements == 0, argument, ": got a stride of ", stride,
-                   " elements, expected a multiple of 8 (16 bytes); make the tensor contiguous");
-    rows.strides[i] = stride;
-  }
-  return rows;
-}
-
 bool has_vector_rows(const Gate& gate) {
   bool aligned = reinterpret_cast<uintptr_t>(gate.values) % 16 == 0 && gate.strides[3] == 1;
   for (int i = 0; i < 3; i++) aligned = aligned && gate.strides[i] % kVectorElements == 0;
@@ -42,8 +24,8 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
 
   CombineBackwardParams params{};
   params.grid = arguments.grid;
-  params.grad_out = make_rows(grad_out, arguments.grid, "grad_out");
-  params.out_fine = make_rows(arguments.out_fine, arguments.grid, "out_fine");
+  params.grad_out = make_token_rows(grad_out, arguments.grid, "grad_out");
+  params.out_fine = make_token_rows(arguments.out_fine, arguments.grid, "out_fine");
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.grad_lse = pointer<const float>(arguments.grad_lse.address);
   if (params.grad_lse) {

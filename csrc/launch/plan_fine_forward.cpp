@@ -66,10 +66,11 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.query = add_map(query, arguments.q_grid, "query");
   params.key = add_map(arguments.key, arguments.kv_grid, "key");
   params.value = add_map(arguments.value, arguments.kv_grid, "value");
-  params.out = add_map(arguments.out, arguments.q_grid, "out");
+  params.out = make_token_rows(arguments.out, arguments.q_grid, "out");
   params.store_out_fine = arguments.store_out_fine;
-  params.out_fine =
-      add_map(params.store_out_fine ? arguments.out_fine : arguments.out, arguments.q_grid, "out_fine");
+  if (params.store_out_fine) {
+    params.out_fine = make_token_rows(arguments.out_fine, arguments.q_grid, "out_fine");
+  }
 
   params.lists = arguments.lists;
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
@@ -83,12 +84,12 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = float(arguments.scale * kLog2E);
   params.heads = int32_t(query.heads);
-  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(query.head_dim));
+  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), kForwardConsumers);
   params.num_tasks = int32_t(checked_grid(groups * query.heads * query.batch, "fine_forward"));
   plan.set_params(params);
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
-  plan.block[0] = fine_forward_threads(query.head_dim);
+  plan.block[0] = kForwardThreads;
   plan.shared_bytes = fine_forward_shared_bytes(query.head_dim);
   return plan;
 }

@@ -8,6 +8,8 @@
 // elements in pairs: {half 0, half 1} of its first 8 columns, then {half 0, half 1} of the last 8.
 #pragma once
 
+#include <cmath>
+
 #include "tiles/shared_tile.cuh"
 
 namespace vsa {
@@ -44,16 +46,18 @@ VSA_DEVICE void zero(FloatTile<kCols>& tile) {
   for (int i = 0; i < tile.kRegisters; i++) tile.data[i] = 0.0f;
 }
 
-// result[row] = max(start[row], max over the row), in every lane of the row's quad.
+// result[row] = max over the row, in every lane of the row's quad.
 template <int kCols>
-VSA_DEVICE void row_max(RowVector& result, const FloatTile<kCols>& tile, const RowVector& start) {
+VSA_DEVICE void row_max(RowVector& result, const FloatTile<kCols>& tile) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float x = start.data[half];
+    float x = -INFINITY, y = -INFINITY;  // two chains, for their latency
 #pragma unroll
-    for (int j = 0; j < kCols / 8; j++) {
+    for (int j = 0; j < kCols / 8; j += 2) {
       x = fmaxf(x, fmaxf(tile.data[4 * j + 2 * half], tile.data[4 * j + 2 * half + 1]));
+      y = fmaxf(y, fmaxf(tile.data[4 * j + 4 + 2 * half], tile.data[4 * j + 5 + 2 * half]));
     }
+    x = fmaxf(x, y);
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     result.data[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
   }
@@ -87,14 +91,18 @@ VSA_DEVICE void mul_row(FloatTile<kCols>& tile, const RowVector& factor) {
   for (int i = 0; i < tile.kRegisters; i++) tile.data[i] *= factor.data[(i / 2) % 2];
 }
 
-// Bit c of `mask` says whether column c (of 64) counts; elsewhere the tile becomes `value`.
-VSA_DEVICE void fill_masked(FloatTile<64>& tile, uint64_t mask, float value) {
-  mask >>= tile_column();
+// Bit c of masks[b] says whether column 64 b + c counts; elsewhere the tile becomes `value`.
+template <int kCols>
+VSA_DEVICE void fill_masked(FloatTile<kCols>& tile, const uint64_t (&masks)[kCols / 64], float value) {
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
+  for (int b = 0; b < kCols / 64; b++) {
+    uint64_t mask = masks[b] >> tile_column();
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (!(mask >> (8 * j + i % 2) & 1)) tile.data[4 * j + i] = value;
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (!(mask >> (8 * j + i % 2) & 1)) tile.data[32 * b + 4 * j + i] = value;
+      }
     }
   }
 }
@@ -152,6 +160,38 @@ VSA_DEVICE void store(SharedTile<T, 64, kCols>& destination, const HalfTile<T, k
                  "r"(tile.data[4 * k]), "r"(tile.data[4 * k + 1]), "r"(tile.data[4 * k + 2]),
                  "r"(tile.data[4 * k + 3])
                  : "memory");
+  }
+}
+
+// Of a 4 x 4 matrix, a column a lane of each quad, the transpose.
+VSA_DEVICE void quad_transpose(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    bool upper = lane_id() & bit;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
+      (upper ? x[i] : x[i + bit]) = received;
+    }
+  }
+}
+
+// The tile's two rows of this lane to rows of global memory (16-byte aligned; null: not written), rounded.
+template <class T, int kCols>
+VSA_DEVICE void store_rows(T* const (&rows)[2], const FloatTile<kCols>& tile) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+#pragma unroll
+    for (int j = 0; j < kCols / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        x[i] = pack<T>(tile.data[4 * (j + i) + 2 * half], tile.data[4 * (j + i) + 2 * half + 1]);
+      }
+      quad_transpose(x);
+      if (rows[half]) reinterpret_cast<uint4*>(rows[half])[j + lane_id() % 4] = {x[0], x[1], x[2], x[3]};
+    }
   }
 }
 

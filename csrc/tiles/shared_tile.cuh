@@ -30,12 +30,12 @@ struct alignas(1024) SharedTile {
   }
 };
 
-// Rows first_row to kRows - 1 become zero; all 32 lanes of a warp take part. Ordinary writes: the caller
+// Rows first_row to end_row - 1 become zero; all 32 lanes of a warp take part. Ordinary writes: the caller
 // fences.
 template <class Tile>
-VSA_DEVICE void zero_rows(Tile& tile, int first_row) {
+VSA_DEVICE void zero_rows(Tile& tile, int first_row, int end_row = Tile::kRows) {
   constexpr int kChunks = Tile::kCols / 8;
-  for (int i = first_row * kChunks + lane_id(); i < Tile::kRows * kChunks; i += kWarpThreads) {
+  for (int i = first_row * kChunks + lane_id(); i < end_row * kChunks; i += kWarpThreads) {
     *tile.chunk(i / kChunks, i % kChunks) = uint4{0, 0, 0, 0};
   }
 }
