@@ -209,13 +209,61 @@ struct Turns {
   }
 };
 
-// scores = query key^T of stage `at`, while the pending product out += probabilities value of stage `pending`
-// runs; leaves the probabilities of `at` pending.
+// Where a consumer stands in the ring. Its place among the values lags behind: it is that of the pending
+// product, or the keys'.
+template <int kStages>
+struct ConsumerPosition {
+  RingPosition<kStages> keys, values;
+  int passed = 0;      // stages of others from `values` to `keys`, the pending one apart
+  bool known = false;  // the next three are those of the stage at `keys`, which has landed
+  bool last, member, all;
+
+  // By vote: the compiler then knows that warps stay whole.
+  template <class Ring>
+  VSA_DEVICE void read(const Ring& ring, int consumer) {
+    const PairInfo& info = ring.info[keys.stage];
+    last = __any_sync(0xffffffffu, info.last);
+    member = __any_sync(0xffffffffu, info.members >> consumer & 1);
+    all = __any_sync(0xffffffffu, info.members == (1u << Ring::kConsumers) - 1);
+    known = true;
+  }
+
+  template <class Ring>
+  VSA_DEVICE void await(Ring& ring, int consumer) {
+    if (known) return;
+    ring.key_barriers.full[keys.stage].wait(keys.phase);
+    read(ring, consumer);
+  }
+
+  // On to the next stage; what it holds, if it has landed.
+  template <class Ring>
+  VSA_DEVICE void advance(Ring& ring, int consumer) {
+    keys.advance();
+    known = false;
+    if (__all_sync(0xffffffffu, ring.key_barriers.full[keys.stage].passed(keys.phase))) read(ring, consumer);
+  }
+
+  // Values of others, up to the keys' place.
+  template <class Ring>
+  VSA_DEVICE void pass_values(Ring& ring) {
+    for (; passed > 0; passed--) {
+      ring.value_barriers.full[values.stage].wait(values.phase);
+      ring.value_barriers.release(values.stage);
+      values.advance();
+    }
+  }
+};
+
+// scores = query key^T of the stage at `at`, while the product of the pending one, out += probabilities
+// value, runs; leaves the probabilities of this one pending, and `at` at the next.
 template <class Kernel, bool kPending>
 VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
-                                  typename Kernel::Ring& ring, int consumer, bool all, int stage,
-                                  const RingPosition<Kernel::kStages>& pending) {
+                                  typename Kernel::Ring& ring, ConsumerPosition<Kernel::kStages>& at,
+                                  int consumer) {
   using Turn = Turns<Kernel::kConsumers>;
+  const int stage = at.keys.stage;
+  const bool all = at.all;
+  const RingPosition<Kernel::kStages> pending = at.values;
   FloatTile<Kernel::kStageTokens> scores;
   if constexpr (kPending) ring.value_barriers.full[pending.stage].wait(pending.phase);
   if (all) Turn::await(consumer);
@@ -227,6 +275,7 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
     mma_commit();
   }
   if (all) Turn::pass(consumer);
+  at.advance(ring, consumer);
   if constexpr (kPending) {
     mma_wait<1>(scores);
   } else {
@@ -236,12 +285,17 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   ring.key_barriers.release(stage);
   RowVector factor;
   bool rescale = state.softmax.update(scores, factor);
+  // The pending product is done by the middle of the exponentials: its operand's registers are then free.
+  constexpr int kMiddle = Kernel::kStageTokens / 2;
+  state.softmax.template exponentiate<0, kMiddle>(scores);
   if constexpr (kPending) {
     mma_wait<0>(state.out, state.probabilities);
     ring.value_barriers.release(pending.stage);
   }
   if (rescale) mul_row(state.out, factor);
-  convert(state.probabilities, scores);
+  convert<0, kMiddle>(state.probabilities, scores);
+  state.softmax.template exponentiate<kMiddle, Kernel::kStageTokens>(scores);
+  convert<kMiddle, Kernel::kStageTokens>(state.probabilities, scores);
 }
 
 template <class Kernel>
@@ -255,24 +309,6 @@ VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Ke
   ring.value_barriers.release(pending.stage);
 }
 
-// Where a consumer stands in the ring. Its place among the values lags behind: it is that of the pending
-// product, or the keys'.
-template <int kStages>
-struct ConsumerPosition {
-  RingPosition<kStages> keys, values;
-  int passed = 0;  // stages of others from `values` to `keys`, the pending one apart
-
-  // Values of others, up to the keys' place.
-  template <class Ring>
-  VSA_DEVICE void pass_values(Ring& ring) {
-    for (; passed > 0; passed--) {
-      ring.value_barriers.full[values.stage].wait(values.phase);
-      ring.value_barriers.release(values.stage);
-      values.advance();
-    }
-  }
-};
-
 // A consumer's way round the ring, for one task. True if the last product is still pending.
 template <class Kernel>
 VSA_DEVICE bool fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
@@ -280,17 +316,14 @@ VSA_DEVICE bool fine_forward_attend(FineForwardState<Kernel>& state, typename Ke
                                     int consumer) {
   bool pending = false, last;
   do {
-    ring.key_barriers.full[at.keys.stage].wait(at.keys.phase);
-    const PairInfo& info = ring.info[at.keys.stage];
-    last = __any_sync(0xffffffffu, info.last);  // by vote: the compiler then knows that warps stay whole
-    bool member = __any_sync(0xffffffffu, info.members >> consumer & 1);
-    bool all = __any_sync(0xffffffffu, info.members == (1u << Kernel::kConsumers) - 1);
-    if (member && pending) {
-      fine_forward_step<Kernel, true>(state, query, ring, consumer, all, at.keys.stage, at.values);
+    at.await(ring, consumer);
+    last = at.last;
+    if (at.member && pending) {
+      fine_forward_step<Kernel, true>(state, query, ring, at, consumer);
       at.values.advance();
       at.pass_values(ring);
-    } else if (member) {
-      fine_forward_step<Kernel, false>(state, query, ring, consumer, all, at.keys.stage, at.values);
+    } else if (at.member) {
+      fine_forward_step<Kernel, false>(state, query, ring, at, consumer);
       pending = true;
     } else {
       ring.key_barriers.release(at.keys.stage);
@@ -301,8 +334,8 @@ VSA_DEVICE bool fine_forward_attend(FineForwardState<Kernel>& state, typename Ke
         pending = false;
       }
       if (!pending) at.pass_values(ring);
+      at.advance(ring, consumer);
     }
-    at.keys.advance();
   } while (!last);
   return pending;
 }

@@ -10,10 +10,10 @@ namespace vsa {
 
 struct FineForwardParams {
   CubeGrid q_grid, kv_grid;
-  CubeGrid coarse_grid;                              // the cubes of `coarse`; of the same tokens as q_grid
-  CubeCoordinates query, key, value;                 // of the maps of the same names
+  CubeGrid coarse_grid;               // the cubes of `coarse`; of the same tokens as q_grid
+  CubeCoordinates query, key, value;  // of the maps of the same names
   TokenRows out, out_fine;
-  BlockLists lists;                                  // key blocks of each query block
+  BlockLists lists;              // key blocks of each query block
   const int32_t* block_sizes;    // [num_kv_blocks] valid prefix, or null: all of each cube
   const int32_t* q_block_sizes;  // [num_q_blocks], likewise
   float* lse;                    // [batch, heads, num_q_blocks, 64], natural log

@@ -29,11 +29,11 @@ class OnlineSoftmax {
  public:
   VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
 
-  // scores becomes exp2(scale * scores - reference). True, for the whole warp alike, if earlier results must
+  // Takes the maximum of `scores` into the reference. True, for the whole warp alike, if earlier results must
   // be multiplied by `factor`.
   template <int kCols>
-  VSA_DEVICE bool update(FloatTile<kCols>& scores, RowVector& factor) {
-    RowVector maximum;  // of this tile
+  VSA_DEVICE bool update(const FloatTile<kCols>& scores, RowVector& factor) {
+    RowVector maximum;
     row_max(maximum, scores);
     bool moved = maximum.data[0] * scale_ > reference_.data[0] + kRescaleThreshold ||
                  maximum.data[1] * scale_ > reference_.data[1] + kRescaleThreshold;
@@ -48,15 +48,27 @@ class OnlineSoftmax {
         reference_.data[half] = reference;
       }
     }
-#pragma unroll
-    for (int i = 0; i < scores.kRegisters; i++) {
-      float reference = reference_.data[(i / 2) % 2];
-      // A row without any key so far: every score is -inf, and so must be the exponent.
-      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, reference == -INFINITY ? 0.0f : -reference));
-    }
-    add_row_sum(sum_, scores);
-    settle(sum_);
     return rescale;
+  }
+
+  // After update: columns kBegin to kEnd - 1 of `scores` become exp2(scale * scores - reference).
+  template <int kBegin, int kEnd, int kCols>
+  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores) {
+    // A row without any key so far: every score is -inf, and so must be the exponent.
+    float negative[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      negative[half] = reference_.data[half] == -INFINITY ? 0.0f : -reference_.data[half];
+    }
+    float sums[4] = {};  // a chain for each column of a group and half
+#pragma unroll
+    for (int i = kBegin / 2; i < kEnd / 2; i++) {
+      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
+      sums[i % 4] += scores.data[i];
+    }
+    sum_.data[0] += sums[0] + sums[1];
+    sum_.data[1] += sums[2] + sums[3];
+    settle(sum_);
   }
 
   // Complete sums of exponentials; once, at the end.

@@ -31,6 +31,11 @@ struct Barrier {
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity)) {
     }
   }
+
+  // Whether wait(parity) would return at once.
+  VSA_DEVICE bool passed(uint32_t parity) {
+    return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
+  }
 };
 
 // Makes initialised barriers visible to the async proxy; follow it with __syncthreads().

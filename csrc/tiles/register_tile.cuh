@@ -49,29 +49,22 @@ VSA_DEVICE void zero(FloatTile<kCols>& tile) {
 // result[row] = max over the row, in every lane of the row's quad.
 template <int kCols>
 VSA_DEVICE void row_max(RowVector& result, const FloatTile<kCols>& tile) {
+  constexpr int kChains = 4;  // a row: enough that none waits for its last instruction
+  float chains[2][kChains];
+#pragma unroll
+  for (int j = 0; j < kCols / 8; j++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float& chain = chains[i / 2][2 * j % kChains + i % 2];
+      float x = tile.data[4 * j + i];
+      chain = 2 * j < kChains ? x : fmaxf(chain, x);
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float x = -INFINITY, y = -INFINITY;  // two chains, for their latency
-#pragma unroll
-    for (int j = 0; j < kCols / 8; j += 2) {
-      x = fmaxf(x, fmaxf(tile.data[4 * j + 2 * half], tile.data[4 * j + 2 * half + 1]));
-      y = fmaxf(y, fmaxf(tile.data[4 * j + 4 + 2 * half], tile.data[4 * j + 5 + 2 * half]));
-    }
-    x = fmaxf(x, y);
+    float x = fmaxf(fmaxf(chains[half][0], chains[half][1]), fmaxf(chains[half][2], chains[half][3]));
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     result.data[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-  }
-}
-
-// Adds this lane's part of each row's sum; quad_sum completes it.
-template <int kCols>
-VSA_DEVICE void add_row_sum(RowVector& partial, const FloatTile<kCols>& tile) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-#pragma unroll
-    for (int j = 0; j < kCols / 8; j++) {
-      partial.data[half] += tile.data[4 * j + 2 * half] + tile.data[4 * j + 2 * half + 1];
-    }
   }
 }
 
@@ -118,12 +111,17 @@ VSA_DEVICE void fill_rows(FloatTile<kCols>& tile, uint64_t mask, float value) {
   }
 }
 
-// Rounds to T, nearest even.
-template <class T, int kCols>
+// Columns kBegin to kEnd - 1 rounded to T, nearest even.
+template <int kBegin, int kEnd, class T, int kCols>
 VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
 #pragma unroll
-  for (int i = 0; i < result.kRegisters; i++)
+  for (int i = kBegin / 4; i < kEnd / 4; i++)
     result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
+}
+
+template <class T, int kCols>
+VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
+  convert<0, kCols>(result, tile);
 }
 
 // 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0). volatile: it stays on its side of
