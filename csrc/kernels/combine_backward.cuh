@@ -113,19 +113,24 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
   float* delta_rows = params.delta + (int64_t(batch) * params.heads + head) * q_blocks * kCubeTokens;
   Extent3 origin = grid.origin(cube);
 
+  // Where a row of the fine stage lies on the query grid: block * 64 + slot.
+  auto place = [&params, cube](int token, int slot) {
+    return params.same_grid ? cube * kCubeTokens + slot : params.q_grid.place_of(token);
+  };
+  auto in_prefix = [&params, &place](int token, int slot) {
+    if (!params.block_sizes) return true;
+    int at = place(token, slot);
+    return at % kCubeTokens < __ldg(params.block_sizes + at / kCubeTokens);
+  };
+
   int tokens[kCombineRows];  // a grid has fewer than 2^31
-  int places[kCombineRows];  // on the query grid, block * 64 + slot; -1 for none
   bool real[kCombineRows];
   uint4 grad_out[kCombineRows], out_fine[kCombineRows], gate_fine[kCombineRows], gate_coarse[kCombineRows];
 #pragma unroll
   for (int i = 0; i < kCombineRows; i++) {
     int slot = first_slot + i * kRowStep;
     tokens[i] = int(grid.token(origin, slot));
-    places[i] = cube * kCubeTokens + slot;
-    if (!params.same_grid) places[i] = tokens[i] >= 0 ? params.q_grid.place_of(tokens[i]) : -1;
-    real[i] =
-        tokens[i] >= 0 && (!params.block_sizes ||
-                           places[i] % kCubeTokens < __ldg(params.block_sizes + places[i] / kCubeTokens));
+    real[i] = tokens[i] >= 0 && in_prefix(tokens[i], slot);
     grad_out[i] = out_fine[i] = gate_fine[i] = gate_coarse[i] = uint4{0, 0, 0, 0};
     if (!real[i]) continue;
     grad_out[i] = columns.load<T>(params.grad_out, tokens[i]);
@@ -176,13 +181,15 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
 #pragma unroll
     for (int c = 0; c < 8; c++) delta += grad_fine.data[c] * fine.data[c];
     delta = lanes_sum<1, kLanesPerRow>(delta);
-    if (columns.column == 0 && places[i] >= 0) {
+    // A slot of a coarse cube without a token is one of the query grid where the two are the same.
+    if (columns.column == 0 && (tokens[i] >= 0 || params.same_grid)) {
+      int at = place(tokens[i], first_slot + i * kRowStep);
       if (params.grad_lse && real[i]) {
         delta -= params.grad_lse[batch * params.grad_lse_strides[0] + head * params.grad_lse_strides[1] +
-                                 places[i] / kCubeTokens * params.grad_lse_strides[2] +
-                                 places[i] % kCubeTokens * params.grad_lse_strides[3]];
+                                 at / kCubeTokens * params.grad_lse_strides[2] +
+                                 at % kCubeTokens * params.grad_lse_strides[3]];
       }
-      delta_rows[places[i]] = delta;
+      delta_rows[at] = delta;
     }
   }
   if (!params.same_grid) {
