@@ -1,11 +1,15 @@
 """topk of all cubes: dense attention on blocks of consecutive tokens; the coarse stage keeps its cubes."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention_cases import LINEAR, Case
 from inputs import random_video
-from vsa_cuda import video_sparse_attention
+from tolerance import assert_within_tolerance, half_precision_baseline
+from vsa_cuda import reference, video_sparse_attention
 from vsa_cuda.autograd import VideoSparse
 from vsa_cuda.geometry import CubeGrid
 
@@ -170,22 +174,37 @@ def test_memory_is_linear_in_tokens(return_selection, seed):
     assert all(x.isfinite().all() for x in (out, *gradients))
 
 
+def check_against_reference(device, video_shape, heads, head_dim, seed):
+    """Output and gradients, without the coarse output, against float64."""
+    blocks = (1, 1, math.prod(video_shape))
+    case = Case(blocks, LINEAR, heads=heads, head_dim=head_dim, lists="dense", seed=seed)
+    grad_out = case.randn(*case.query.shape).to(case.dtype).to(device)
+    q, k, v = inputs = [x.to(device).requires_grad_() for x in (case.query, case.key, case.value)]
+    out = video_sparse_attention(q, k, v, video_shape, sparsity=0.0, gate_coarse=0.0)
+    gradients = torch.autograd.grad(out, inputs, grad_out)
+    q, k, v = (x.detach() for x in inputs)
+    exact, grids = [x.double() for x in (q, k, v)], (case.q_grid, case.kv_grid, case.scale)
+    expected, lse = reference.fine_forward(*exact, None, None, *grids)
+    _, delta, *_ = reference.combine_backward(
+        grad_out.double(), expected, None, None, case.q_grid, None, None
+    )
+    wanted = reference.fine_backward(grad_out.double(), *exact, lse, delta, None, None, *grids)
+    index = case.kv_num_blocks.to(device), case.kv_indices.to(device)
+    baseline = half_precision_baseline(q, k, v, *index, *grids, grad_out)
+    assert_within_tolerance(out, expected, baseline[0], "out")
+    for name, *versions in zip("qkv", gradients, wanted, baseline[1:], strict=True):
+        assert_within_tolerance(*versions, f"d{name}")
+
+
+def test_half_precision_against_float64(seed):
+    check_against_reference("cpu", (5, 7, 9), 2, 64, seed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_gpu_equals_dense_attention(head_dim, seed):
-    """A grid with partial cubes on every side, against PyTorch's attention in float32."""
-    shape = (9, 30, 41)
-    q, k, v, grad_out = (
-        torch.randn(1, 9 * 30 * 41, 3, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = video_sparse_attention(*inputs, shape, sparsity=0.0, gate_coarse=0.0)
-    gradients = torch.autograd.grad(out, inputs, grad_out)
-    wide = [x.detach().float().requires_grad_() for x in inputs]
-    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide))
-    wanted = torch.autograd.grad(exact, wide, grad_out.float().transpose(1, 2))
-    for actual, reference in zip((out, *gradients), (exact.transpose(1, 2), *wanted), strict=True):
-        assert (actual.float() - reference).abs().max() <= 2e-2 * reference.abs().max()
+@pytest.mark.parametrize("video_shape", [(9, 30, 41), (8, 16, 24)])
+def test_gpu_against_float64(video_shape, head_dim, seed):
+    check_against_reference("cuda", video_shape, 3, head_dim, seed)
 
 
 @pytest.mark.gpu

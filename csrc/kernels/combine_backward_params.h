@@ -26,8 +26,8 @@ struct CombineBackwardParams {
   float* delta;       // [batch, heads, num_q_blocks, 64]
   void* grad_coarse;  // [batch, heads, coarse cubes, head_dim], the query's type
   void *grad_gate_fine, *grad_gate_coarse;
-  float *scalar_fine,
-      *scalar_coarse;  // [batch, heads, coarse cubes], sums over a cube for gates of one number
+  // [batch, heads, coarse cubes], sums over a cube for gates of one number
+  float *scalar_fine, *scalar_coarse;
   int32_t heads;
   bool same_grid;                             // q_grid is coarse_grid
   bool vector_gate_fine, vector_gate_coarse;  // the gate's rows can be read 16 bytes at a time
