@@ -14,6 +14,11 @@ def executed_pairs(kv_num_blocks: torch.Tensor) -> int:
     return int(kv_num_blocks.sum(dtype=torch.int64))
 
 
+def dense_pairs(batch: int, heads: int, tokens: int) -> int:
+    """Pairs of blocks of 64 consecutive tokens: what the whole op computes with every cube chosen."""
+    return batch * heads * (-(-tokens // CUBE_VOLUME)) ** 2
+
+
 def executed_flops(pairs: int, head_dim: int, backward: bool = False) -> float:
     """FLOPs of whole 64x64 pairs, partial cubes counted as full."""
     return 4 * pairs * CUBE_VOLUME**2 * head_dim * (BACKWARD_FACTOR if backward else 1)

@@ -230,6 +230,8 @@ class Runner:
             done = real = _total(direction, lambda back: flops.dense_flops(*size, back))
         elif lists[0] is not None:
             pairs = problem.pairs
+            if op == "op" and backend.name == "vsa_cuda" and problem.topk == problem.grid.num_cubes:
+                pairs = flops.dense_pairs(shape.batch, shape.heads, shape.num_tokens)
             done = _total(direction, lambda back: flops.executed_flops(pairs, shape.head_dim, back))
             real = _total(
                 direction, lambda back: flops.real_flops(problem.grid, *lists, shape.head_dim, back)

@@ -75,12 +75,12 @@ LaunchPlan transpose_index(std::array<int64_t, 4> shape, const StridedTensor& kv
   return plan_transpose_index(arguments);
 }
 
-LaunchPlan combine_backward(const TokenTensor& grad_out, const TokenTensor& out_fine, const CubeGrid& grid,
-                            uint64_t block_sizes, const StridedTensor& grad_lse, uint64_t coarse,
-                            const Gate& gate_fine, const Gate& gate_coarse, uint64_t grad_fine,
-                            uint64_t delta, uint64_t grad_coarse, uint64_t grad_gate_fine,
+LaunchPlan combine_backward(const TokenTensor& grad_out, const TokenTensor& out_fine, const CubeGrid& q_grid,
+                            const CubeGrid& coarse_grid, uint64_t block_sizes, const StridedTensor& grad_lse,
+                            uint64_t coarse, const Gate& gate_fine, const Gate& gate_coarse,
+                            uint64_t grad_fine, uint64_t delta, uint64_t grad_coarse, uint64_t grad_gate_fine,
                             uint64_t grad_gate_coarse, uint64_t scalar_fine, uint64_t scalar_coarse) {
-  CombineBackwardArguments arguments{grad_out, out_fine, grid,      block_sizes,
+  CombineBackwardArguments arguments{grad_out, out_fine, q_grid,    coarse_grid, block_sizes,
                                      grad_lse, coarse,   gate_fine, gate_coarse};
   arguments.grad_fine = grad_fine;
   arguments.delta = delta;
@@ -98,7 +98,8 @@ FineBackwardArguments fine_backward_arguments(
     const CubeGrid& q_grid, const CubeGrid& kv_grid, const StridedTensor& kv_num_blocks,
     const StridedTensor& kv_indices, uint64_t q_offsets, uint64_t q_indices, int64_t q_indices_per_head,
     uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t dq_pooled,
-    uint64_t dk_pooled, uint64_t dv_pooled, double scale) {
+    uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid,
+    double scale) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
                                   grad_key, grad_value, q_grid, kv_grid};
   arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
@@ -112,6 +113,8 @@ FineBackwardArguments fine_backward_arguments(
   arguments.dq_pooled = dq_pooled;
   arguments.dk_pooled = dk_pooled;
   arguments.dv_pooled = dv_pooled;
+  arguments.pooled_q_grid = pooled_q_grid;
+  arguments.pooled_kv_grid = pooled_kv_grid;
   arguments.scale = scale;
   return arguments;
 }
@@ -180,14 +183,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("plan_transpose_index", &transpose_index, py::kw_only(), "shape"_a, "kv_num_blocks"_a, "kv_indices"_a,
         "num_kv_blocks"_a, "q_offsets"_a, "q_indices"_a);
-  m.def("plan_combine_backward", &combine_backward, py::kw_only(), "grad_out"_a, "out_fine"_a, "grid"_a,
-        "block_sizes"_a, "grad_lse"_a, "coarse"_a, "gate_fine"_a, "gate_coarse"_a, "grad_fine"_a, "delta"_a,
-        "grad_coarse"_a, "grad_gate_fine"_a, "grad_gate_coarse"_a, "scalar_fine"_a, "scalar_coarse"_a);
+  m.def("plan_combine_backward", &combine_backward, py::kw_only(), "grad_out"_a, "out_fine"_a, "q_grid"_a,
+        "coarse_grid"_a, "block_sizes"_a, "grad_lse"_a, "coarse"_a, "gate_fine"_a, "gate_coarse"_a,
+        "grad_fine"_a, "delta"_a, "grad_coarse"_a, "grad_gate_fine"_a, "grad_gate_coarse"_a, "scalar_fine"_a,
+        "scalar_coarse"_a);
   py::class_<FineBackwardArguments>(m, "FineBackwardArguments")
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_num_blocks"_a,
            "kv_indices"_a, "q_offsets"_a, "q_indices"_a, "q_indices_per_head"_a, "block_sizes"_a,
-           "q_block_sizes"_a, "lse"_a, "delta"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "scale"_a);
+           "q_block_sizes"_a, "lse"_a, "delta"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
+           "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
   m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);
 

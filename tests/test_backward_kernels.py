@@ -93,7 +93,13 @@ def gate_of(kind, shape, dtype):
     return torch.tensor(0.75) if kind == "scalar" else None
 
 
-def check_combine_backward(run, grid, shape, dtype, fine, coarse, with_lse=False, q_block_sizes=None):
+def grid_arguments(grid):
+    return () if grid is None else (grid.video_shape, grid.cube)
+
+
+def check_combine_backward(
+    run, grid, shape, dtype, fine, coarse, with_lse=False, q_block_sizes=None, coarse_grid=None
+):
     grad_out, out_fine = (torch.randn(shape).to(dtype) for _ in range(2))
     valid = grid.valid()
     if q_block_sizes is not None:
@@ -102,17 +108,18 @@ def check_combine_backward(run, grid, shape, dtype, fine, coarse, with_lse=False
         grad_out[:, pads], out_fine[:, pads] = torch.nan, torch.nan
     batch, _, heads, head_dim = shape
     grad_lse = torch.randn(batch, heads, 1, 64).expand(-1, -1, grid.num_cubes, -1) if with_lse else None
-    pooled = None if coarse is None else torch.randn(batch, heads, grid.num_cubes, head_dim).to(dtype)
+    cubes = (coarse_grid or grid).num_cubes
+    pooled = None if coarse is None else torch.randn(batch, heads, cubes, head_dim).to(dtype)
     gates = [gate_of(kind, shape, dtype) for kind in (fine, coarse)]
     values = [0.5 if kind == "float" else 1.0 for kind in (fine, coarse)]
     results = run(
         _kernels.combine_backward, grad_out, out_fine, grad_lse, pooled, *gates, *values, q_block_sizes,
-        grid.video_shape, grid.cube,
+        grid.video_shape, grid.cube, *grid_arguments(coarse_grid),
     )  # fmt: skip
     exact_gates = [v if g is None else g.double() for g, v in zip(gates, values, strict=True)]
     expected = reference.combine_backward(
         grad_out.double(), out_fine.double(), grad_lse, None if pooled is None else pooled.double(), grid,
-        *exact_gates, q_block_sizes,
+        *exact_gates, q_block_sizes, coarse_grid,
     )  # fmt: skip
     if fine is None:
         expected = (None, *expected[1:])
@@ -148,24 +155,51 @@ def test_combine_backward_of_ragged_blocks_with_lse(head_dim, run):
     check_combine_backward(run, grid, shape, torch.bfloat16, "tensor", "tensor", q_block_sizes=sizes)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("gate", ["float", "scalar", "tensor"])
+@pytest.mark.parametrize("video_shape", [(5, 7, 9), (4, 4, 8), (1, 1, 1)])
+def test_combine_backward_of_the_linear_grid(video_shape, gate, head_dim, run):
+    """delta by blocks of 64 tokens, the gradient of `coarse` by the cubes of the video."""
+    coarse_grid = CubeGrid(video_shape)
+    grid, shape = CubeGrid.linear(coarse_grid.num_tokens), (2, coarse_grid.num_tokens, 2, head_dim)
+    fine = None if gate == "float" else gate
+    check_combine_backward(run, grid, shape, torch.bfloat16, fine, gate, True, coarse_grid=coarse_grid)
+
+
+def test_combine_backward_of_unlike_grids(run):
+    """The fine stage with fewer and with more cubes than the coarse one; then ragged at that."""
+    few, many = CubeGrid((9, 9, 10)), CubeGrid((9, 9, 10), (2, 4, 8))
+    assert few.num_cubes < many.num_cubes
+    sizes = torch.randint(0, 65, (many.num_cubes,), dtype=torch.int32)
+    for grid, coarse_grid, ragged in ((few, many, None), (many, few, sizes)):
+        shape = (1, few.num_tokens, 2, 64)
+        check_combine_backward(run, grid, shape, torch.float16, "tensor", "tensor", True, ragged, coarse_grid)
+
+
 # Fine stage.
 
 
-def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None)):
-    """dq, dk, dv by the three kernels, as autograd calls them; out and lse as a forward gives them."""
+def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
+    """dq, dk, dv by the kernels, as autograd calls them; out and lse as a forward gives them.
+
+    With coarse_grid without lists, and pooled gradients by its cubes.
+    """
     _, delta, *_ = run(
         _kernels.combine_backward, grad_out, out, grad_lse, None, None, None, 1.0, 0.0, case.q_block_sizes,
         case.q_shape, case.cube,
     )  # fmt: skip
-    transposed = run(_kernels.transpose_index, case.kv_num_blocks, case.kv_indices, case.kv_grid.num_cubes)
+    index = (None,) * 4
+    if coarse_grid is None:
+        lists = case.kv_num_blocks, case.kv_indices
+        index = *lists, *run(_kernels.transpose_index, *lists, case.kv_grid.num_cubes)
     return run(
-        _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, case.kv_num_blocks,
-        case.kv_indices, *transposed, case.block_sizes, case.q_block_sizes, *pooled, case.q_shape,
-        case.kv_shape, case.cube, case.kv_cube, case.scale, True,
+        _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, *index,
+        case.block_sizes, case.q_block_sizes, *pooled, case.q_shape, case.kv_shape, case.cube, case.kv_cube,
+        case.scale, True, *grid_arguments(coarse_grid),
     )  # fmt: skip
 
 
-def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None)):
+def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None), pooled_grids=None):
     out, lse = case.reference()
     doubles = [None if x is None else x.double() for x in (grad_out, grad_lse)]
     _, delta, *_ = reference.combine_backward(
@@ -174,7 +208,7 @@ def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None)):
     return out, lse, reference.fine_backward(
         doubles[0], case.query.double(), case.key.double(), case.value.double(), lse, delta,
         case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid, case.scale, case.block_sizes,
-        case.q_block_sizes, *pooled,
+        case.q_block_sizes, *pooled, pooled_grids,
     )  # fmt: skip
 
 
@@ -186,13 +220,14 @@ def new_gradient(case):
     return grad_out
 
 
-def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None)):
+def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
     grad_out = new_gradient(case)
-    out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled)
-    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled)
+    grids = None if coarse_grid is None else (coarse_grid, coarse_grid)
+    out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled, grids)
+    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled, coarse_grid)
     baseline = half_precision_baseline(
         case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
-        case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled,
+        case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled, grids,
     )  # fmt: skip
     for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
         assert_within_tolerance(*versions, name)
@@ -231,6 +266,19 @@ def test_pooled_and_lse_gradients(head_dim, run, seed):
     pooled = tuple((8 * case.randn(1, 2, count, head_dim)).to(case.dtype) for count in cubes)
     grad_lse = case.randn(1, 2, case.q_grid.num_cubes, 64)
     check_fine_backward(run, case, grad_lse, pooled)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("video_shape", [(5, 7, 9), (4, 4, 8), (1, 1, 1)])
+@pytest.mark.parametrize("with_pooled", [False, True])
+def test_fine_backward_of_the_linear_grid(with_pooled, video_shape, head_dim, run, seed):
+    """No lists; a token takes the pooled gradients of its cube of the video."""
+    coarse_grid = CubeGrid(video_shape)
+    blocks = (1, 1, coarse_grid.num_tokens)
+    case = Case(blocks, LINEAR, batch=2, heads=2, head_dim=head_dim, lists="dense", seed=seed)
+    rows = (2, 2, coarse_grid.num_cubes, head_dim)
+    pooled = tuple((8 * case.randn(*rows)).to(case.dtype) if with_pooled else None for _ in range(3))
+    check_fine_backward(run, case, None, pooled, coarse_grid)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -308,12 +356,14 @@ def backward_plans(video=(9, 7, 6), head_dim=128, heads=3, batch=2, **changes):
     tensor = C.TokenTensor(address=1 << 20, shape=shape, strides=strides, dtype="bfloat16")
     lists = [C.StridedTensor(address=1 << 20, strides=[1] * rank) for rank in (3, 4)]
     arguments = {
-        "q_grid": grid, "kv_grid": grid, "kv_num_blocks": lists[0], "kv_indices": lists[1], "scale": 0.1,
-        "q_offsets": 1 << 20, "q_indices": 1 << 20, "q_indices_per_head": 5, "lse": 1 << 20, "delta": 1 << 20,
+        "kv_num_blocks": lists[0], "kv_indices": lists[1], "scale": 0.1, "q_offsets": 1 << 20,
+        "q_indices": 1 << 20, "q_indices_per_head": 5, "lse": 1 << 20, "delta": 1 << 20,
     }  # fmt: skip
+    grids = ("q_grid", "kv_grid", "pooled_q_grid", "pooled_kv_grid")
     tensors = ("query", "key", "value", "grad_out", "grad_query", "grad_key", "grad_value")
     optional = ("block_sizes", "q_block_sizes", "dq_pooled", "dk_pooled", "dv_pooled")
-    arguments |= dict.fromkeys(tensors, tensor) | dict.fromkeys(optional, 0) | changes
+    arguments |= dict.fromkeys(grids, grid) | dict.fromkeys(tensors, tensor) | dict.fromkeys(optional, 0)
+    arguments |= changes
     arguments = C.FineBackwardArguments(**arguments)
     return C.plan_fine_backward_kv(arguments), C.plan_fine_backward_q(arguments)
 
@@ -327,6 +377,13 @@ def test_fine_backward_plans(head_dim):
         assert plan.grid == (6 * 6, 1, 1)  # 12 cubes in pairs, 3 heads, batch 2
         assert plan.block == (384, 1, 1)
         assert plan.shared_bytes <= SHARED_BYTES_OF_AN_SM
+
+
+def test_fine_backward_plan_refuses_another_videos_pooled_gradients():
+    other = _extension.load().CubeGrid(video_shape=(9, 7, 7), cube=(4, 4, 4))
+    for name in ("pooled_q_grid", "pooled_kv_grid"):
+        with pytest.raises(ValueError, match=f"{name}: got 441 tokens, expected the 378 of the fine stage"):
+            backward_plans(**{name: other})
 
 
 def test_fine_backward_plan_of_a_million_tokens():

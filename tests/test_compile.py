@@ -162,6 +162,16 @@ def test_sparsity_with_dynamic_shapes(seed):
     assert counter.frame_count == 1
 
 
+def test_sparsity_zero_with_dynamic_shapes(seed):
+    def function(query, key, value, video_shape):
+        return video_sparse_attention(query, key, value, video_shape, sparsity=0.0)
+
+    other, counter = compiled(function, dynamic=True)
+    for shape in (SHAPE, (5, 8, 12), (9, 6, 5)):
+        assert_same(function, other, (*random_video(3, shape, requires_grad=True), shape))
+    assert counter.frame_count == 1
+
+
 def same_tensor(x):
     return video_sparse_attention(x, x, x, SHAPE, topk=2, gate_coarse=x, gate_fine=x)
 

@@ -7,6 +7,7 @@ from attention_cases import EDGE_CASES, LINEAR, Case
 from simulated import simulated_device
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
+from vsa_cuda.geometry import CubeGrid
 
 pytestmark = [
     pytest.mark.simulator,
@@ -16,8 +17,12 @@ pytestmark = [
 ]
 
 
-def run(case, seed=0, **gates):
+def run(case, seed=0, coarse_grid=None, with_lists=True, **gates):
     arguments = list(case.fine_arguments)
+    if not with_lists:
+        arguments[3:5] = None, None
+    if coarse_grid is not None:
+        arguments += [coarse_grid.video_shape, coarse_grid.cube]
     for position, name in enumerate(
         ("coarse", "gate_fine", "gate_coarse", "gate_fine_value", "gate_coarse_value"), 7
     ):
@@ -96,32 +101,60 @@ def test_lists_far_apart_do_not_deadlock(seed):
     check(case, out, lse)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
-@pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])
-def test_gates_in_the_epilogue(fine, coarse, head_dim, seed):
-    case = Case((3, 5, 6), head_dim=head_dim, heads=2, topk=2, seed=seed)
-    pooled = case.randn(1, 2, case.q_grid.num_cubes, head_dim).to(case.dtype)
+def check_epilogue(case, fine, coarse, seed, coarse_grid=None, with_lists=True):
+    """Gates of these kinds, and O_c by the cubes of coarse_grid."""
+    batch, tokens, heads, head_dim = case.query.shape
+    cubes = (coarse_grid or case.q_grid).num_cubes
+    pooled = case.randn(batch, heads, cubes, head_dim).to(case.dtype)
 
     def gate(kind, name):
         if kind == "tensor":  # any strides: columns two apart
-            return {f"gate_{name}": case.randn(1, 90, 2, 2 * head_dim).to(case.dtype)[..., ::2]}
+            values = case.randn(batch, tokens, heads, 2 * head_dim).to(case.dtype)
+            return {f"gate_{name}": values[..., ::2]}
         if kind == "scalar":
             return {f"gate_{name}": torch.tensor(0.75)}
         return {f"gate_{name}_value": 0.5} if kind == "float" else {}
 
     gates = gate(fine, "fine") | (gate(coarse, "coarse") if coarse else {"gate_coarse_value": 1.0})
-    out, out_fine, _ = run(case, seed, coarse=pooled, **gates)
-    exact_fine, _ = case.reference()
+    out, out_fine, lse = run(case, seed, coarse_grid, with_lists, coarse=pooled, **gates)
+    exact_fine, exact_lse = case.reference()
+    assert_lse_within_tolerance(lse, exact_lse)
 
     def value(name):
         x = gates.get(f"gate_{name}", gates.get(f"gate_{name}_value"))
         return x.double() if isinstance(x, torch.Tensor) else x
 
-    exact = reference.combine(exact_fine, pooled.double(), case.q_grid, value("fine"), value("coarse"))
+    exact = reference.combine(
+        exact_fine, pooled.double(), coarse_grid or case.q_grid, value("fine"), value("coarse")
+    )
     bound = 4 * torch.finfo(case.dtype).eps * exact.abs().max()
     assert (out.double() - exact).abs().max() <= bound
     assert (out_fine.double() - exact_fine).abs().max() <= bound
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
+@pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])
+def test_gates_in_the_epilogue(fine, coarse, head_dim, seed):
+    case = Case((3, 5, 6), head_dim=head_dim, heads=2, topk=2, seed=seed)
+    check_epilogue(case, fine, coarse, seed)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("gate", [None, "tensor"])
+@pytest.mark.parametrize("video_shape", [(5, 7, 9), (4, 4, 8), (1, 1, 1)])
+def test_all_blocks_of_the_linear_grid(video_shape, gate, head_dim, seed):
+    """No lists; a token takes the coarse output of its cube of the video."""
+    coarse_grid = CubeGrid(video_shape)
+    blocks = (1, 1, coarse_grid.num_tokens)
+    case = Case(blocks, LINEAR, batch=2, heads=2, head_dim=head_dim, lists="dense", seed=seed)
+    check_epilogue(case, gate, gate, seed, coarse_grid, with_lists=False)
+
+
+def test_coarse_cubes_of_another_shape(seed):
+    case = Case((3, 9, 10), heads=2, topk=2, seed=seed)
+    coarse_grid = CubeGrid((3, 9, 10), (1, 8, 8))
+    check_epilogue(case, "scalar", "tensor", seed, coarse_grid)
 
 
 def test_inference_stores_no_fine_output(seed):

@@ -87,6 +87,23 @@ def fine_backward_arguments(dtype, pooled=True, sizes=False):
     return *tensors, *arguments[5:7], *pooled, *geometry, True
 
 
+def linear_arguments(dtype):
+    """fine_forward, combine_backward, fine_backward of all blocks of 64 tokens, the coarse stage on cubes."""
+    query, key, value, gate = random_video(4, SHAPE, dtype=dtype)
+    pooled = [torch.randn(1, 2, 4, 64).to(dtype) for _ in range(4)]
+    shape, block = (1, 1, 90), (1, 1, 64)
+    geometry = (shape, shape, block, block, SCALE)
+    tensors = (query, key, value, None, None, None, None, pooled[0], None, gate)
+    forward = (*tensors, 1.0, 1.0, *geometry, True, SHAPE, CUBE)
+    _, out_fine, lse = ops.fine_forward(*forward)
+    grad = torch.randn_like(query)
+    gates = (None, gate, 1.0, 1.0)
+    combine = (grad, out_fine, None, pooled[0], *gates, None, shape, block, SHAPE, CUBE)
+    delta = ops.combine_backward(*combine)[1]
+    tensors = (grad, query, key, value, lse, delta, *(None,) * 6, *pooled[1:])
+    return forward, combine, (*tensors, *geometry, True, SHAPE, CUBE)
+
+
 SAMPLES = {
     "pool": lambda dtype: (*random_video(3, SHAPE, dtype=dtype), SHAPE, CUBE),
     "coarse_forward": coarse_arguments,
@@ -109,6 +126,10 @@ SAMPLES = {
     "combine_backward-expanded": lambda dtype: combine_backward_arguments(dtype, "expanded"),
     "fine_backward": fine_backward_arguments,
     "fine_backward-alone": lambda dtype: fine_backward_arguments(dtype, pooled=False),
+    "coarse_forward-no-selection": lambda dtype: (*coarse_arguments(dtype), False),
+    "fine_forward-linear": lambda dtype: linear_arguments(dtype)[0],
+    "combine_backward-linear": lambda dtype: linear_arguments(dtype)[1],
+    "fine_backward-linear": lambda dtype: linear_arguments(dtype)[2],
     "fine_backward-sizes": lambda dtype: fine_backward_arguments(dtype, pooled=False, sizes=True),
 }
 
@@ -178,6 +199,22 @@ def test_combine_backward_is_the_gradient_of_combine(gate, seed):
     raster = (delta + grad_lse).flatten(2)[..., grid.slot_of_token()]
     torch.testing.assert_close(raster, rows)
     assert (delta[..., ~grid.valid()] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sample", "change", "message"),
+    [
+        ("fine_forward-linear", {3: torch.ones(1, 2, 2).int()}, "kv_indices: got None with kv_num_blocks"),
+        ("fine_backward-alone", {9: None}, "q_indices: got None with kv_num_blocks, kv_indices, q_offsets"),
+        ("fine_forward-linear", {19: None}, "coarse_cube: got None with coarse_shape"),
+        ("combine_backward-linear", {11: (1, 5, 6)}, "coarse_shape: got 30 tokens in .* the 90 tokens"),
+        ("fine_backward-linear", {21: (2, 5, 6)}, "coarse_shape: got 60 tokens in .* the 90 tokens"),
+    ],
+)
+def test_arguments_that_belong_together(sample, change, message, seed):
+    arguments = dict(enumerate(SAMPLES[sample](torch.float32))) | change
+    with pytest.raises(ValueError, match=message):
+        operator(sample)(*arguments.values())
 
 
 def test_ops_ignore_autocast(seed):

@@ -1,5 +1,6 @@
 """Host plans without a GPU: tensor maps over any layout, coordinates, grids, and errors."""
 
+import contextlib
 import math
 import struct
 from unittest import mock
@@ -294,15 +295,22 @@ def test_grid_errors(video_shape, cube, message):
         host_grid(video_shape, cube)
 
 
-def test_plans_of_the_forward_ops_are_launchable():
-    """Every plan of the forward obeys the hardware's limits and names a kernel of this binary."""
+@contextlib.contextmanager
+def recorded_plans():
+    """The plans of what _kernels would launch on an H200."""
     plans = []
-    video_shape, cube, scale = (5, 6, 7), (4, 4, 4), 0.125
-    query, key, value = (torch.zeros(2, 210, 3, 128, dtype=torch.bfloat16) for _ in range(3))
     with (
         mock.patch.object(_extension, "launch", lambda plan, tensor: plans.append(plan)),
         mock.patch.object(_extension, "num_sms", lambda device: 132),
     ):
+        yield plans
+
+
+def test_plans_of_the_forward_ops_are_launchable():
+    """Every plan of the forward obeys the hardware's limits and names a kernel of this binary."""
+    video_shape, cube, scale = (5, 6, 7), (4, 4, 4), 0.125
+    query, key, value = (torch.zeros(2, 210, 3, 128, dtype=torch.bfloat16) for _ in range(3))
+    with recorded_plans() as plans:
         coarse = _kernels.coarse_forward(query, key, value, video_shape, cube, 3, scale, True)
         counts, indices = coarse[-2:]
         _kernels.fine_forward(
@@ -318,3 +326,52 @@ def test_plans_of_the_forward_ops_are_launchable():
         assert plan.shared_bytes <= SHARED_LIMIT and plan.params
         for tensor_map in plan.maps:
             check_map(tensor_map)
+
+
+def dense_arguments(video_shape, cube, batch=2, heads=3, head_dim=128):
+    """query; arguments of fine_forward, combine_backward and fine_backward over all blocks of 64 tokens."""
+    tokens = math.prod(video_shape)
+    query, gate = (torch.zeros(batch, tokens, heads, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    coarse = torch.zeros(batch, heads, CubeGrid(video_shape, cube).num_cubes, head_dim, dtype=torch.bfloat16)
+    rows = torch.zeros(batch, heads, -(-tokens // 64), 64)
+    shape, block = (1, 1, tokens), (1, 1, 64)
+    grids = (shape, shape, block, block, 0.125, True, video_shape, cube)
+    gates = (coarse, None, gate, 1.0, 1.0)
+    return (
+        query,
+        (query, query, query, None, None, None, None, *gates, *grids),
+        (query, query, None, *gates, None, shape, block, video_shape, cube),
+        (query, query, query, query, rows, rows, *(None,) * 6, coarse, coarse, coarse, *grids),
+    )
+
+
+def test_plans_of_dense_attention():
+    """The fine stage over blocks of consecutive tokens, the coarse stage and combine_backward over cubes."""
+    video_shape, cube = (5, 7, 9), (4, 4, 4)  # 12 cubes, 315 tokens in 5 blocks
+    query, forward, combine, backward = dense_arguments(video_shape, cube)
+    with recorded_plans() as plans:
+        *_, counts, indices = _kernels.coarse_forward(
+            query, query, query, video_shape, cube, 0, 0.125, True, False
+        )
+        _, _, lse = _kernels.fine_forward(*forward)
+        _, delta, grad_coarse, *_ = _kernels.combine_backward(*combine)
+        _kernels.fine_backward(*backward)
+    assert counts.shape == indices.shape == (0,)
+    assert lse.shape == delta.shape == (2, 3, 5, 64) and grad_coarse.shape == (2, 3, 12, 128)
+    assert [(plan.kernel.split("_d128")[0], plan.grid[0]) for plan in plans] == [
+        ("pool", 3 * 2 * 3 * 12 // 8),
+        ("fine_forward", 2 * 3),  # 12 pooled tokens are one block
+        ("fine_forward", 2 * 3 * 3),  # blocks in pairs
+        ("combine_backward", 2 * 3 * 12),
+        ("fine_backward_kv", 2 * 3 * 3),
+        ("fine_backward_q", 2 * 3 * 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "position"), [("fine_forward", 1), ("combine_backward", 2), ("fine_backward", 3)]
+)
+def test_the_coarse_grid_has_the_same_tokens(op, position):
+    arguments = dense_arguments((5, 7, 9), (4, 4, 4))[position]
+    with recorded_plans(), pytest.raises(ValueError, match="grid: got 280 tokens, expected the 315"):
+        getattr(_kernels, op)(*arguments[:-2], (5, 7, 8), (4, 4, 4))

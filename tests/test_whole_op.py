@@ -108,6 +108,9 @@ def gates(kind, like):
     [
         ((5, 6, 7), (4, 4, 4), 1, 2, 64, torch.bfloat16, 3),
         ((3, 9, 10), (1, 8, 8), 2, 1, 128, torch.float16, 4),
+        ((5, 7, 9), (4, 4, 4), 1, 2, 128, torch.bfloat16, 12),  # dense, as the next two
+        ((3, 5, 10), (1, 8, 8), 2, 1, 64, torch.float16, 6),
+        ((1, 2, 5), (4, 4, 4), 1, 1, 128, torch.bfloat16, 2),
     ],
 )
 def test_forward_and_backward(runner, gate, video_shape, cube, batch, heads, head_dim, dtype, topk, seed):
@@ -147,7 +150,8 @@ def test_forward_and_backward(runner, gate, video_shape, cube, batch, heads, hea
 
 @pytest.mark.gpu
 @pytest.mark.unpoisoned
-def test_launches_of_a_training_step(seed):
+@pytest.mark.parametrize("topk", [32, 364])
+def test_launches_of_a_training_step(topk, seed):
     """Kernels and memsets that the profiler sees, gates None."""
     shape = (16, 28, 52)
     q, k, v = (torch.randn(1, 23296, 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -162,15 +166,16 @@ def test_launches_of_a_training_step(seed):
             torch.cuda.synchronize()
         return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
-    forward = count(lambda: video_sparse_attention(*leaves, shape, topk=32))
+    forward = count(lambda: video_sparse_attention(*leaves, shape, topk=topk))
     assert len(forward) <= MAX_FORWARD_LAUNCHES, forward
-    out = video_sparse_attention(*leaves, shape, topk=32)
+    out = video_sparse_attention(*leaves, shape, topk=topk)
     backward = count(lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True))
     assert len(backward) <= MAX_BACKWARD_LAUNCHES, backward
 
 
 @pytest.mark.gpu
-def test_training_step_in_a_cuda_graph_and_compiled(seed):
+@pytest.mark.parametrize("topk", [16, 135])
+def test_training_step_in_a_cuda_graph_and_compiled(topk, seed):
     shape = (9, 20, 33)
     tokens = shape[0] * shape[1] * shape[2]
     q, k, v, gate = (torch.randn(1, tokens, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -178,12 +183,12 @@ def test_training_step_in_a_cuda_graph_and_compiled(seed):
     grad_out = torch.randn_like(q)
 
     def step():
-        out = video_sparse_attention(*leaves[:3], shape, topk=16, gate_coarse=leaves[3])
+        out = video_sparse_attention(*leaves[:3], shape, topk=topk, gate_coarse=leaves[3])
         return out, *torch.autograd.grad(out, leaves, grad_out)
 
     expected = step()
     compiled = torch.compile(video_sparse_attention, fullgraph=True)
-    out = compiled(*leaves[:3], shape, topk=16, gate_coarse=leaves[3])
+    out = compiled(*leaves[:3], shape, topk=topk, gate_coarse=leaves[3])
     for a, b in zip(expected, (out, *torch.autograd.grad(out, leaves, grad_out)), strict=True):
         assert torch.equal(a, b)
 

@@ -81,12 +81,14 @@ def half_precision_baseline(
     block_sizes=None,
     q_block_sizes=None,
     pooled_gradients=(None, None, None),
+    pooled_grids=None,
 ):
     """The fine stage in the dtype of q, one query cube at a time; arguments as for reference.fine_forward.
 
     Args:
         grad_out: [B, Sq, H, D]; None computes no gradients. grad_lse: [B, H, Nq, 64] or None.
-        pooled_gradients: dq_pooled, dk_pooled, dv_pooled as for reference.fine_backward.
+        pooled_gradients, pooled_grids: dq_pooled, dk_pooled, dv_pooled and the grids of the first and of the
+            others, as for reference.fine_backward.
 
     Returns:
         out, dq, dk, dv in the dtype of q; the last three are None without grad_out.
@@ -123,7 +125,9 @@ def half_precision_baseline(
     if grad_out is None:
         return out, None, None, None
     gradients = []
-    for grad, pooled, grid in zip((dq, dk, dv), pooled_gradients, (q_grid, kv_grid, kv_grid), strict=True):
+    pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
+    grids = (pooled_q_grid, pooled_kv_grid, pooled_kv_grid)
+    for grad, pooled, grid in zip((dq, dk, dv), pooled_gradients, grids, strict=True):
         if pooled is not None:
             mean = (pooled.float() / grid.cube_sizes(q.device)[:, None]).transpose(1, 2)
             grad = grad + mean[:, grid.cube_of_token(q.device)]

@@ -78,6 +78,8 @@ class FineBackwardArguments:
         dq_pooled: int,
         dk_pooled: int,
         dv_pooled: int,
+        pooled_q_grid: CubeGrid,
+        pooled_kv_grid: CubeGrid,
         scale: float,
     ) -> None: ...
 
@@ -126,7 +128,8 @@ def plan_combine_backward(
     *,
     grad_out: TokenTensor,
     out_fine: TokenTensor,
-    grid: CubeGrid,
+    q_grid: CubeGrid,
+    coarse_grid: CubeGrid,
     block_sizes: int,
     grad_lse: StridedTensor,
     coarse: int,

@@ -23,6 +23,10 @@ def _grid(video_shape, cube):
     return _extension.load().CubeGrid(video_shape=tuple(video_shape), cube=tuple(cube))
 
 
+def _coarse_grid(coarse_shape, coarse_cube, fine_grid):
+    return fine_grid if coarse_shape is None else _grid(coarse_shape, coarse_cube)
+
+
 def _strided(tensor: torch.Tensor | None):
     if tensor is None:
         return _extension.load().StridedTensor(address=0, strides=[])
@@ -102,6 +106,7 @@ def _new_lse(query, q_grid):
 def fine_forward(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
     gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
+    coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     q_grid, kv_grid = _grid(q_shape, q_cube), _grid(kv_shape, kv_cube)
     out, lse = query.new_empty(query.shape), _new_lse(query, q_grid)
@@ -110,6 +115,7 @@ def fine_forward(
     _attend(
         query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks, kv_indices, block_sizes,
         q_block_sizes, out_fine, coarse, (gate_fine, gate_fine_value), (gate_coarse, gate_coarse_value),
+        _coarse_grid(coarse_shape, coarse_cube, q_grid),
     )  # fmt: skip
     return out, query.new_empty(0) if out_fine is None else out_fine, lse
 
@@ -141,7 +147,7 @@ def select(query_pooled, key_pooled, topk, scale):
     return counts, indices
 
 
-def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_output):
+def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_output, with_selection=True):
     pooled = pool(query, key, value, video_shape, cube)
     query_pooled, key_pooled, value_pooled = (x.transpose(1, 2) for x in pooled)
     # The coarse output is dense attention over the pooled tokens.
@@ -152,21 +158,24 @@ def coarse_forward(query, key, value, video_shape, cube, topk, scale, with_outpu
         _attend(query_pooled, key_pooled, value_pooled, out.transpose(1, 2), lse, grid, grid, scale)
     else:
         out, lse = pooled[0].new_empty(0), pooled[0].new_empty(0, dtype=torch.float32)
+    if not with_selection:
+        return *pooled, out, lse, *(query.new_empty(0, dtype=torch.int32) for _ in range(2))
     return *pooled, out, lse, *select(pooled[0], pooled[1], topk, scale)
 
 
 def combine_backward(
     grad_out, out_fine, grad_lse, coarse, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value,
-    q_block_sizes, q_shape, q_cube,
+    q_block_sizes, q_shape, q_cube, coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     C = _extension.load()
     batch, _, heads, head_dim = out_fine.shape
     coarse = _packed(coarse)
-    grid = _grid(q_shape, q_cube)
-    cubes = (batch, heads, grid.num_cubes)
+    q_grid = _grid(q_shape, q_cube)
+    coarse_grid = q_grid if coarse is None else _coarse_grid(coarse_shape, coarse_cube, q_grid)
+    cubes = (batch, heads, coarse_grid.num_cubes)
     gated = gate_fine is not None or gate_fine_value != 1.0
     grad_fine = out_fine.new_empty(out_fine.shape if gated else 0)
-    delta = out_fine.new_empty((*cubes, 64), dtype=torch.float32)
+    delta = out_fine.new_empty((batch, heads, q_grid.num_cubes, 64), dtype=torch.float32)
     grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim))
     fine, _kept_fine = _gate(gate_fine, gate_fine_value)
     combined, _kept_coarse = _gate(gate_coarse, gate_coarse_value)
@@ -176,7 +185,8 @@ def combine_backward(
     plan = C.plan_combine_backward(
         grad_out=_tokens(grad_out),
         out_fine=_tokens(out_fine),
-        grid=grid,
+        q_grid=q_grid,
+        coarse_grid=coarse_grid,
         block_sizes=_address(q_block_sizes),
         grad_lse=_strided(grad_lse),
         coarse=_address(coarse),
@@ -233,20 +243,22 @@ def transpose_index(kv_num_blocks, kv_indices, num_kv_blocks):
 def fine_backward(
     grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, q_offsets, q_indices, block_sizes,
     q_block_sizes, dq_pooled, dk_pooled, dv_pooled, q_shape, kv_shape, q_cube, kv_cube, scale, deterministic,
+    coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     """Two passes without reductions between CTAs: the same bits in every run, whatever `deterministic`."""
     gradients = tuple(query.new_empty(x.shape) for x in (query, key, value))
+    grids = _grid(q_shape, q_cube), _grid(kv_shape, kv_cube)
     _differentiate(
-        grad_fine, query, key, value, lse, delta, gradients, _grid(q_shape, q_cube), _grid(kv_shape, kv_cube),
-        scale, (kv_num_blocks, kv_indices), (q_offsets, q_indices), (block_sizes, q_block_sizes),
-        (dq_pooled, dk_pooled, dv_pooled),
+        grad_fine, query, key, value, lse, delta, gradients, *grids, scale, (kv_num_blocks, kv_indices),
+        (q_offsets, q_indices), (block_sizes, q_block_sizes), (dq_pooled, dk_pooled, dv_pooled),
+        [_coarse_grid(coarse_shape, coarse_cube, grid) for grid in grids],
     )  # fmt: skip
     return gradients
 
 
 def _differentiate(
     grad_fine, query, key, value, lse, delta, gradients, q_grid, kv_grid, scale, lists=(None, None),
-    transposed=(None, None), sizes=(None, None), pooled=(None, None, None),
+    transposed=(None, None), sizes=(None, None), pooled=(None, None, None), pooled_grids=None,
 ):  # fmt: skip
     """dK and dV, then dQ, into `gradients` (q, k, v). Without lists all pairs of blocks."""
     C = _extension.load()
@@ -254,6 +266,7 @@ def _differentiate(
     # Named, so that a packed copy lives until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
     q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = kept
+    pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     arguments = C.FineBackwardArguments(
         query=_tokens(query),
         key=_tokens(key),
@@ -276,6 +289,8 @@ def _differentiate(
         dq_pooled=_address(dq_pooled),
         dk_pooled=_address(dk_pooled),
         dv_pooled=_address(dv_pooled),
+        pooled_q_grid=pooled_q_grid,
+        pooled_kv_grid=pooled_kv_grid,
         scale=scale,
     )
     _extension.launch(C.plan_fine_backward_kv(arguments), query)

@@ -11,6 +11,7 @@ and deviation 1 in bfloat16 that takes the error of dQ and dK to 2.2 times at G_
 import torch
 
 from vsa_cuda import ops
+from vsa_cuda.geometry import CUBE_VOLUME
 
 _VMAP_ERROR = (
     "got a call under torch.func.vmap, expected plain tensors; "
@@ -49,22 +50,32 @@ def _first_order(grads: tuple, sources: tuple) -> tuple:
 
 
 class VideoSparse(torch.autograd.Function):
-    """query, key, value [B, S, H, D], gates (tensors or None) and constants -> out, index, intermediates."""
+    """query, key, value [B, S, H, D], gates (tensors or None) and constants -> out, index, intermediates.
+
+    topk None: all cubes. The fine stage is dense then, whatever the order of tokens: it runs on blocks of 64
+    consecutive ones, of which one at most is partial, and without an index (empty in the results).
+    """
 
     @staticmethod
     def forward(
         query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, with_coarse,
         video_shape, cube, topk, scale, deterministic, differentiable,
     ):  # fmt: skip
-        *pooled, out_coarse, lse_coarse, kv_num_blocks, kv_indices = ops.coarse_forward(
-            query, key, value, video_shape, cube, topk, scale, with_coarse
-        )
+        dense = topk is None
+        if dense and not with_coarse:
+            *coarse, kv_num_blocks, kv_indices = (query.new_empty(0) for _ in range(7))
+        else:
+            *coarse, kv_num_blocks, kv_indices = ops.coarse_forward(
+                query, key, value, video_shape, cube, 0 if dense else topk, scale, with_coarse, not dense
+            )
+        index = (None, None) if dense else (kv_num_blocks, kv_indices)
+        shape, block, coarse_grid = _grids(query, video_shape, cube, dense)
         out, out_fine, lse = ops.fine_forward(
-            query, key, value, kv_num_blocks, kv_indices, None, None, out_coarse if with_coarse else None,
-            gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, video_shape, video_shape, cube, cube,
-            scale, differentiable,
+            query, key, value, *index, None, None, coarse[3] if with_coarse else None, gate_fine, gate_coarse,
+            gate_fine_value, gate_coarse_value, shape, shape, block, block, scale, differentiable,
+            *coarse_grid,
         )  # fmt: skip
-        return out, kv_num_blocks, kv_indices, out_fine, lse, *pooled, out_coarse, lse_coarse
+        return out, kv_num_blocks, kv_indices, out_fine, lse, *coarse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -95,13 +106,23 @@ class VideoSparse(torch.autograd.Function):
         raise RuntimeError(f"video_sparse_attention: {_VMAP_ERROR}")
 
 
+def _grids(query, video_shape, cube, dense):
+    """Shape and block of the fine stage, and the ops' arguments for a coarse stage on another grid."""
+    if dense:
+        return (1, 1, query.shape[1]), (1, 1, CUBE_VOLUME), (video_shape, cube)
+    return video_shape, cube, ()
+
+
 def _video_sparse_backward(grad_out, saved, constants, needs_input_grad):
     query, key, value, gate_fine, gate_coarse, out_fine, lse, kv_num_blocks, kv_indices, *coarse = saved
     query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse = coarse
-    gate_fine_value, gate_coarse_value, with_coarse, video_shape, cube, _, scale, deterministic, _ = constants
+    gate_fine_value, gate_coarse_value, with_coarse, video_shape, cube, topk, *constants = constants
+    scale, deterministic, _ = constants
+    dense = topk is None
+    shape, block, coarse_grid = _grids(query, video_shape, cube, dense)
     grad_fine, delta, grad_coarse, grad_gate_fine, grad_gate_coarse = ops.combine_backward(
         grad_out, out_fine, None, out_coarse if with_coarse else None, gate_fine, gate_coarse,
-        gate_fine_value, gate_coarse_value, None, video_shape, cube,
+        gate_fine_value, gate_coarse_value, None, shape, block, *coarse_grid,
     )  # fmt: skip
     gate_grads = (
         None if gate_fine is None else grad_gate_fine,
@@ -116,10 +137,13 @@ def _video_sparse_backward(grad_out, saved, constants, needs_input_grad):
         )
     if not ops.has_fine_gate(gate_fine, gate_fine_value):
         grad_fine = grad_out
-    q_offsets, q_indices = ops.transpose_index(kv_num_blocks, kv_indices, kv_num_blocks.shape[2])
+    index = (None,) * 4
+    if not dense:
+        transposed = ops.transpose_index(kv_num_blocks, kv_indices, kv_num_blocks.shape[2])
+        index = (kv_num_blocks, kv_indices, *transposed)
     dq, dk, dv = ops.fine_backward(
-        grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, q_offsets, q_indices, None, None,
-        *pooled_grads, video_shape, video_shape, cube, cube, scale, deterministic,
+        grad_fine, query, key, value, lse, delta, *index, None, None, *pooled_grads, shape, shape, block,
+        block, scale, deterministic, *coarse_grid,
     )  # fmt: skip
     return dq, dk, dv, *gate_grads
 

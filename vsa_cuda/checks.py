@@ -200,6 +200,19 @@ def check_one_of(first: str, first_value: object, second: str, second_value: obj
         fail(ValueError, f"{first}, {second}", got, "exactly one of the two", fix)
 
 
+def check_all_or_none(arguments: dict[str, object]) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and len(given) < len(arguments):
+        missing = [name for name in arguments if name not in given]
+        fail(
+            ValueError,
+            ", ".join(missing),
+            f"None with {', '.join(given)}",
+            "all of them or none",
+            "pass what is missing, or None for all",
+        )
+
+
 def check_scale(scale: float) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         fail(TypeError, "scale", type(scale).__name__, "a float or None", "pass scale=float(scale)")

@@ -45,7 +45,8 @@ def video_sparse_attention(
             dimensions longer than 1 multiples of 8 elements. Under autocast they and tensor gates are cast
             to its dtype.
         video_shape: (T, H, W) in tokens, every size at least 1.
-        topk: key cubes per query cube, at least 1; all cubes (dense) from the number of cubes upwards.
+        topk: key cubes per query cube, at least 1. From the number of cubes upwards the fine stage is dense:
+            nothing is selected, and partial cubes cost no more than their tokens.
         sparsity: fraction of cubes left out, in [0, 1]; see topk_from_sparsity. Exactly one of topk and
             sparsity.
         gate_coarse, gate_fine: a tensor like query (same shape, dtype and layout; any strides), a 0-d tensor
@@ -63,7 +64,8 @@ def video_sparse_attention(
 
     Returns:
         out: like query, a new tensor in BSHD memory (a transposed view of it for "bhsd").
-        With return_selection (out, kv_num_blocks, kv_indices): int32 [B, H, N] and [B, H, N, topk].
+        With return_selection (out, kv_num_blocks, kv_indices): int32 [B, H, N] and [B, H, N, topk],
+        ascending; where topk covers all cubes, expanded views of one list.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what was got and expected, and the fix.
@@ -93,7 +95,11 @@ def video_sparse_attention(
         video_shape, cube, topk, scale, deterministic, differentiable,
     )  # fmt: skip
     out = _from_bshd(out, layout)
-    return (out, kv_num_blocks, kv_indices) if return_selection else out
+    if not return_selection:
+        return out
+    if topk is None:
+        kv_num_blocks, kv_indices = _complete_lists(query, num_cubes(video_shape, cube))
+    return out, kv_num_blocks, kv_indices
 
 
 def block_sparse_attention(
@@ -279,15 +285,22 @@ def _split_gate(gate, query: torch.Tensor, layout: str) -> tuple[torch.Tensor | 
     return _to_bshd(gate, layout), 1.0
 
 
-def _resolve_topk(topk, sparsity, video_shape, cube) -> int:
+def _complete_lists(query: torch.Tensor, cubes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all cubes in every row, without memory for each."""
+    every = torch.arange(cubes, dtype=torch.int32, device=query.device)
+    rows = (query.shape[0], query.shape[2], cubes)
+    return every.new_full((1,), cubes).expand(rows), every.expand(*rows, cubes)
+
+
+def _resolve_topk(topk, sparsity, video_shape, cube) -> int | None:
+    """None where it covers all cubes."""
     checks.check_one_of("topk", topk, "sparsity", sparsity, "pass topk=32 or sparsity=0.9, for instance")
     if topk is None:
         # A traced float cannot become an integer under torch.compile: hashing makes it a constant there.
         hash(sparsity)
-        return topk_from_sparsity(sparsity, video_shape, cube)
+        topk = topk_from_sparsity(sparsity, video_shape, cube)
     checks.check_topk(topk)
-    # topk equal to the number of cubes is dense attention: every list is 0, 1, ..., cubes - 1.
-    return min(topk, num_cubes(video_shape, cube))
+    return None if topk >= num_cubes(video_shape, cube) else topk
 
 
 def _resolve_scale(scale: float | None, query: torch.Tensor) -> float:

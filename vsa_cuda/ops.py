@@ -5,6 +5,11 @@ torch.ops.vsa_cuda.* is for selective checkpointing policies, tests and inferenc
 [B, S, H, D] with any strides that TMA takes (see checks); results are new and contiguous. LSE and delta are
 cube-major [B, H, N, 64] in fp32 (fp64 for fp64 inputs), the "compute dtype" below. Where a result does not
 apply it is an empty (0,) tensor.
+
+Without an index (kv_num_blocks, kv_indices and, backward, q_offsets, q_indices: all given or all None) every
+query block attends to all key blocks. The order of tokens then does not matter to the fine stage, which may
+run on another grid than the coarse one: coarse_shape, coarse_cube are the video of `coarse` and of the pooled
+gradients, by default the grids of the fine stage.
 """
 
 from collections.abc import Callable
@@ -12,34 +17,36 @@ from collections.abc import Callable
 import torch
 
 from vsa_cuda import reference
-from vsa_cuda.checks import BASE_ALIGNMENT, STRIDE_MULTIPLE, check_base, check_gpu
-from vsa_cuda.geometry import CUBE_VOLUME, CubeGrid, num_cubes
+from vsa_cuda.checks import BASE_ALIGNMENT, STRIDE_MULTIPLE, check_all_or_none, check_base, check_gpu, fail
+from vsa_cuda.geometry import CUBE_VOLUME, CubeGrid, check_cube, check_video_shape, num_cubes
 
 _SCHEMAS = (
     "pool(Tensor query, Tensor key, Tensor value, SymInt[3] video_shape, SymInt[3] cube)"
     " -> (Tensor, Tensor, Tensor)",
     "coarse_forward(Tensor query, Tensor key, Tensor value, SymInt[3] video_shape, SymInt[3] cube,"
-    " SymInt topk, float scale, bool with_output)"
+    " SymInt topk, float scale, bool with_output, bool with_selection=True)"
     " -> (Tensor query_pooled, Tensor key_pooled, Tensor value_pooled, Tensor out_coarse, Tensor lse_coarse,"
     " Tensor kv_num_blocks, Tensor kv_indices)",
     "coarse_backward(Tensor grad_coarse, Tensor query_pooled, Tensor key_pooled, Tensor value_pooled,"
     " Tensor out_coarse, Tensor lse_coarse, float scale) -> (Tensor, Tensor, Tensor)",
-    "fine_forward(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices,"
+    "fine_forward(Tensor query, Tensor key, Tensor value, Tensor? kv_num_blocks, Tensor? kv_indices,"
     " Tensor? block_sizes, Tensor? q_block_sizes, Tensor? coarse, Tensor? gate_fine, Tensor? gate_coarse,"
     " float gate_fine_value, float gate_coarse_value, SymInt[3] q_shape, SymInt[3] kv_shape,"
-    " SymInt[3] q_cube, SymInt[3] kv_cube, float scale, bool with_out_fine)"
+    " SymInt[3] q_cube, SymInt[3] kv_cube, float scale, bool with_out_fine,"
+    " SymInt[3]? coarse_shape=None, SymInt[3]? coarse_cube=None)"
     " -> (Tensor out, Tensor out_fine, Tensor lse)",
     "combine_backward(Tensor grad_out, Tensor out_fine, Tensor? grad_lse, Tensor? coarse, Tensor? gate_fine,"
     " Tensor? gate_coarse, float gate_fine_value, float gate_coarse_value, Tensor? q_block_sizes,"
-    " SymInt[3] q_shape, SymInt[3] q_cube)"
+    " SymInt[3] q_shape, SymInt[3] q_cube, SymInt[3]? coarse_shape=None, SymInt[3]? coarse_cube=None)"
     " -> (Tensor grad_fine, Tensor delta, Tensor grad_coarse, Tensor grad_gate_fine,"
     " Tensor grad_gate_coarse)",
     "transpose_index(Tensor kv_num_blocks, Tensor kv_indices, SymInt num_kv_blocks)"
     " -> (Tensor q_offsets, Tensor q_indices)",
     "fine_backward(Tensor grad_fine, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta,"
-    " Tensor kv_num_blocks, Tensor kv_indices, Tensor q_offsets, Tensor q_indices, Tensor? block_sizes,"
+    " Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? q_offsets, Tensor? q_indices, Tensor? block_sizes,"
     " Tensor? q_block_sizes, Tensor? dq_pooled, Tensor? dk_pooled, Tensor? dv_pooled, SymInt[3] q_shape,"
-    " SymInt[3] kv_shape, SymInt[3] q_cube, SymInt[3] kv_cube, float scale, bool deterministic)"
+    " SymInt[3] kv_shape, SymInt[3] q_cube, SymInt[3] kv_cube, float scale, bool deterministic,"
+    " SymInt[3]? coarse_shape=None, SymInt[3]? coarse_cube=None)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
@@ -80,13 +87,16 @@ def _coarse_lse_shape(rows):
     return (*rows[:2], num_cubes((1, 1, rows[2]), (1, 1, CUBE_VOLUME)), CUBE_VOLUME)
 
 
-def _coarse_forward_fake(query, key, value, video_shape, cube, topk, scale, with_output):
+def _coarse_forward_fake(
+    query, key, value, video_shape, cube, topk, scale, with_output, with_selection=True
+):  # fmt: skip
     pooled = _pool_fake(query, key, value, video_shape, cube)
     rows = pooled[0].shape[:3]
     out = torch.empty_like(pooled[0]) if with_output else _empty(query)
     lse = query.new_empty(_coarse_lse_shape(rows) if with_output else 0, dtype=_compute_dtype(query))
-    counts = query.new_empty(rows, dtype=torch.int32)
-    return *pooled, out, lse, counts, query.new_empty((*rows, topk), dtype=torch.int32)
+    counts = query.new_empty(rows if with_selection else 0, dtype=torch.int32)
+    indices = query.new_empty((*rows, topk) if with_selection else 0, dtype=torch.int32)
+    return *pooled, out, lse, counts, indices
 
 
 def _coarse_backward_fake(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):
@@ -96,6 +106,7 @@ def _coarse_backward_fake(grad_coarse, query_pooled, key_pooled, value_pooled, o
 def _fine_forward_fake(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
     gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
+    coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     stored = with_out_fine and combines(coarse, gate_fine, gate_fine_value)
     out_fine = query.new_empty(query.shape) if stored else _empty(query)
@@ -105,15 +116,16 @@ def _fine_forward_fake(
 
 def _combine_backward_fake(
     grad_out, out_fine, grad_lse, coarse, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value,
-    q_block_sizes, q_shape, q_cube,
+    q_block_sizes, q_shape, q_cube, coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     batch, _, heads, head_dim = out_fine.shape
-    cubes, dtype = num_cubes(q_shape, q_cube), _compute_dtype(out_fine)
+    blocks, dtype = num_cubes(q_shape, q_cube), _compute_dtype(out_fine)
+    cubes = blocks if coarse_shape is None else num_cubes(coarse_shape, coarse_cube)
     grad_fine = out_fine.new_empty(out_fine.shape) if has_fine_gate(gate_fine, gate_fine_value) else None
     grad_coarse = None if coarse is None else out_fine.new_empty((batch, heads, cubes, head_dim))
     return (
         _empty(out_fine) if grad_fine is None else grad_fine,
-        out_fine.new_empty((batch, heads, cubes, CUBE_VOLUME), dtype=dtype),
+        out_fine.new_empty((batch, heads, blocks, CUBE_VOLUME), dtype=dtype),
         _empty(out_fine) if grad_coarse is None else grad_coarse,
         _empty(out_fine) if gate_fine is None else gate_fine.new_empty(gate_fine.shape),
         _empty(out_fine) if gate_coarse is None else gate_coarse.new_empty(gate_coarse.shape),
@@ -138,9 +150,30 @@ def _pool_cpu(query, key, value, video_shape, cube):
     return tuple(reference.pool(x, grid) for x in (query, key, value))
 
 
-def _coarse_forward_cpu(query, key, value, video_shape, cube, topk, scale, with_output):
+def _coarse_grid(coarse_shape, coarse_cube, fine_grid: CubeGrid) -> CubeGrid:
+    if coarse_shape is None:
+        return fine_grid
+    grid = CubeGrid(check_video_shape(coarse_shape, "coarse_shape"), check_cube(coarse_cube, "coarse_cube"))
+    if grid.num_tokens != fine_grid.num_tokens:
+        fail(
+            ValueError,
+            "coarse_shape",
+            f"{grid.num_tokens} tokens in {grid.video_shape}",
+            f"the {fine_grid.num_tokens} tokens of the fine stage",
+            "pass the shape of the same video",
+        )
+    return grid
+
+
+def _coarse_forward_cpu(
+    query, key, value, video_shape, cube, topk, scale, with_output, with_selection=True
+):  # fmt: skip
     pooled = _pool_cpu(query, key, value, video_shape, cube)
-    out, lse, counts, indices = reference.coarse_forward(*pooled, topk, scale, with_output)
+    out, lse, counts, indices = reference.coarse_forward(
+        *pooled, topk if with_selection else 0, scale, with_output
+    )
+    if not with_selection:
+        counts, indices = counts.new_empty(0), indices.new_empty(0)
     blocks = lse.new_full(_coarse_lse_shape(lse.shape) if with_output else (0,), torch.inf)
     if with_output:
         blocks.flatten(2)[..., : lse.shape[2]] = lse
@@ -158,6 +191,7 @@ def _coarse_backward_cpu(grad_coarse, query_pooled, key_pooled, value_pooled, ou
 def _fine_forward_cpu(
     query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, coarse, gate_fine, gate_coarse,
     gate_fine_value, gate_coarse_value, q_shape, kv_shape, q_cube, kv_cube, scale, with_out_fine,
+    coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     q_grid, kv_grid = CubeGrid(q_shape, q_cube), CubeGrid(kv_shape, kv_cube)
     out_fine, lse = reference.fine_forward(
@@ -167,20 +201,22 @@ def _fine_forward_cpu(
         return out_fine, _empty(query), lse
     fine_gate = gate_fine_value if gate_fine is None else gate_fine
     coarse_gate = gate_coarse_value if gate_coarse is None else gate_coarse
-    out = reference.combine(out_fine, coarse, q_grid, fine_gate, coarse_gate)
+    coarse_grid = _coarse_grid(coarse_shape, coarse_cube, q_grid)
+    out = reference.combine(out_fine, coarse, coarse_grid, fine_gate, coarse_gate)
     return out, out_fine if with_out_fine else _empty(query), lse
 
 
 def _combine_backward_cpu(
     grad_out, out_fine, grad_lse, coarse, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value,
-    q_block_sizes, q_shape, q_cube,
+    q_block_sizes, q_shape, q_cube, coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
     grid = CubeGrid(q_shape, q_cube)
     coarse_gate = gate_coarse_value if gate_coarse is None else gate_coarse
     fine_gate = gate_fine_value if gate_fine is None else gate_fine
     grad_fine, delta, *others = reference.combine_backward(
-        grad_out, out_fine, grad_lse, coarse, grid, fine_gate, coarse_gate, q_block_sizes
-    )
+        grad_out, out_fine, grad_lse, coarse, grid, fine_gate, coarse_gate, q_block_sizes,
+        _coarse_grid(coarse_shape, coarse_cube, grid),
+    )  # fmt: skip
     grad_coarse, *gate_grads = (_empty(grad_out) if x is None else x for x in others)
     grad_fine = grad_fine if has_fine_gate(gate_fine, gate_fine_value) else _empty(grad_out)
     return grad_fine, delta, grad_coarse.to(out_fine.dtype), *gate_grads
@@ -189,10 +225,13 @@ def _combine_backward_cpu(
 def _fine_backward_cpu(
     grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, q_offsets, q_indices, block_sizes,
     q_block_sizes, dq_pooled, dk_pooled, dv_pooled, q_shape, kv_shape, q_cube, kv_cube, scale, deterministic,
+    coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
+    grids = CubeGrid(q_shape, q_cube), CubeGrid(kv_shape, kv_cube)
+    pooled_grids = tuple(_coarse_grid(coarse_shape, coarse_cube, grid) for grid in grids)
     return reference.fine_backward(
-        grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, CubeGrid(q_shape, q_cube),
-        CubeGrid(kv_shape, kv_cube), scale, block_sizes, q_block_sizes, dq_pooled, dk_pooled, dv_pooled,
+        grad_fine, query, key, value, lse, delta, kv_num_blocks, kv_indices, *grids, scale, block_sizes,
+        q_block_sizes, dq_pooled, dk_pooled, dv_pooled, pooled_grids,
     )  # fmt: skip
 
 
@@ -226,6 +265,23 @@ def _with_aligned_inputs(run: Callable) -> Callable:
     return checked
 
 
+# Optional arguments that mean something together only.
+_TOGETHER = (("kv_num_blocks", "kv_indices", "q_offsets", "q_indices"), ("coarse_shape", "coarse_cube"))
+
+
+def _with_whole_groups(run: Callable, name: str) -> Callable:
+    positions = {x.name: i for i, x in enumerate(getattr(torch.ops.vsa_cuda, name).default._schema.arguments)}
+    groups = [{x: positions[x] for x in group if x in positions} for group in _TOGETHER]
+
+    def checked(*args):
+        for group in groups:
+            # Trailing arguments that are None are left out of the call.
+            check_all_or_none({x: args[i] if i < len(args) else None for x, i in group.items()})
+        return run(*args)
+
+    return checked
+
+
 def _with_tma_gradient(run: Callable) -> Callable:
     """Autograd hands over gradients with any strides (0 from out.sum()): a copy where TMA cannot read one."""
 
@@ -242,6 +298,7 @@ def _register(name: str, fake: Callable, cpu: Callable, wrap: Callable | None = 
     cuda, cpu = _on_cuda(name), _on_cpu(cpu)
     if wrap is not None:
         cuda, cpu = wrap(cuda), wrap(cpu)
+    cuda, cpu = _with_whole_groups(cuda, name), _with_whole_groups(cpu, name)
     _library.impl(name, cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"vsa_cuda::{name}", fake, lib=_library)

@@ -40,7 +40,7 @@ def coarse_forward(
 
     Args:
         q_pooled, k_pooled, v_pooled: [B, H, N, D], from `pool`.
-        topk: key cubes kept per query cube, 1 to N.
+        topk: key cubes kept per query cube, 1 to N; 0 for no selection.
 
     Returns:
         out: [B, H, N, D] in the input dtype, or an empty (0,) tensor when not `with_output`.
@@ -57,8 +57,9 @@ def coarse_forward(
     for head in range(batch * heads):
         for rows in _chunks(cubes, cubes):
             scores = q[head, rows] @ k[head].T * scale
-            order = scores.sort(dim=-1, descending=True, stable=True).indices
-            indices[head, rows] = order[:, :topk].sort(dim=-1).values.to(torch.int32)
+            if topk > 0:
+                order = scores.sort(dim=-1, descending=True, stable=True).indices
+                indices[head, rows] = order[:, :topk].sort(dim=-1).values.to(torch.int32)
             lse[head, rows] = scores.logsumexp(dim=-1)
             if with_output:
                 out[head, rows] = torch.exp(scores - lse[head, rows, None]) @ v[head]
@@ -109,8 +110,8 @@ def fine_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    kv_num_blocks: torch.Tensor,
-    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
     q_grid: CubeGrid,
     kv_grid: CubeGrid,
     scale: float,
@@ -123,6 +124,7 @@ def fine_forward(
         q: [B, Sq, H, D]; k, v: [B, Skv, H, D]; any strides.
         kv_num_blocks: int32 [B, H, Nq], length of each list; 0 gives out = 0 and lse = -inf.
         kv_indices: int32 [B, H, Nq, max_blocks], distinct key cubes; entries beyond the length are not read.
+            Both None: every list is that of all key cubes.
         block_sizes, q_block_sizes: int32 [Nkv], [Nq]: only this many leading slots of each cube are tokens.
 
     Returns:
@@ -132,7 +134,7 @@ def fine_forward(
     batch, _, heads, head_dim = q.shape
     q_valid = _valid_slots(q_grid, q_block_sizes, q.device)
     queries = _to_cubes(q, q_grid, q_valid).flatten(0, 2)
-    blocks = _KeyBlocks(k, v, kv_num_blocks, kv_indices, kv_grid, block_sizes)
+    blocks = _KeyBlocks(k, v, kv_num_blocks, kv_indices, q_grid, kv_grid, block_sizes)
     out = torch.empty_like(queries)
     lse = queries.new_empty(queries.shape[:2])
     for rows in blocks.chunks():
@@ -152,8 +154,8 @@ def fine_backward(
     v: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
-    kv_num_blocks: torch.Tensor,
-    kv_indices: torch.Tensor,
+    kv_num_blocks: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
     q_grid: CubeGrid,
     kv_grid: CubeGrid,
     scale: float,
@@ -162,6 +164,7 @@ def fine_backward(
     dq_pooled: torch.Tensor | None = None,
     dk_pooled: torch.Tensor | None = None,
     dv_pooled: torch.Tensor | None = None,
+    pooled_grids: tuple[CubeGrid, CubeGrid] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of fine_forward, with the gradients of the pooled tensors spread over their tokens.
 
@@ -171,6 +174,7 @@ def fine_backward(
         delta: [B, H, Nq, 64], rowsum(grad_fine * out) minus the gradient of lse (see combine_backward).
         dq_pooled [B, H, Nq, D], dk_pooled, dv_pooled [B, H, Nkv, D]: every token gets pooled / cube size on
             top; not to be given with block sizes.
+        pooled_grids: cubes of the first and of the other two, over the same tokens; None: q_grid, kv_grid.
         The others as for fine_forward.
 
     Returns:
@@ -184,23 +188,25 @@ def fine_backward(
     grads = _to_cubes(grad_fine, q_grid, q_valid).flatten(0, 2).masked_fill_(~live[..., None], 0.0)
     lse = lse.flatten(0, 2).masked_fill(~live, torch.inf)
     delta = delta.flatten(0, 2).masked_fill(~live, 0.0)
-    blocks = _KeyBlocks(k, v, kv_num_blocks, kv_indices, kv_grid, block_sizes)
+    blocks = _KeyBlocks(k, v, kv_num_blocks, kv_indices, q_grid, kv_grid, block_sizes)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(blocks.keys), torch.zeros_like(blocks.values)
     for rows in blocks.chunks():
         keys, values, masked = blocks.gather(rows)
+        ids = blocks.ids(rows).expand(rows.stop - rows.start, -1).flatten()
         scores = (queries[rows] @ keys.mT).mul_(scale).masked_fill_(masked, -torch.inf)
         p = scores.sub_(lse[rows, :, None]).exp_()
-        dv.index_add_(0, blocks.ids[rows].flatten(), (p.mT @ grads[rows]).view(-1, CUBE_VOLUME, head_dim))
+        dv.index_add_(0, ids, (p.mT @ grads[rows]).view(-1, CUBE_VOLUME, head_dim))
         ds = (grads[rows] @ values.mT).sub_(delta[rows, :, None]).mul_(p).mul_(scale)
         dq[rows] = ds @ keys
-        dk.index_add_(0, blocks.ids[rows].flatten(), (ds.mT @ queries[rows]).view(-1, CUBE_VOLUME, head_dim))
+        dk.index_add_(0, ids, (ds.mT @ queries[rows]).view(-1, CUBE_VOLUME, head_dim))
     dq = dq.view(batch, heads, q_grid.num_cubes, CUBE_VOLUME, head_dim)
+    pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     dq, dk, dv = (
-        _to_raster(_add_pooled(grad, pooled, grid), grid).to(x.dtype)
-        for grad, pooled, grid, x in (
-            (dq, dq_pooled, q_grid, q),
-            (blocks.unpad(dk), dk_pooled, kv_grid, k),
-            (blocks.unpad(dv), dv_pooled, kv_grid, v),
+        _add_pooled(_to_raster(grad, grid), pooled, pooled_grid).to(x.dtype)
+        for grad, grid, pooled, pooled_grid, x in (
+            (dq, q_grid, dq_pooled, pooled_q_grid, q),
+            (blocks.unpad(dk), kv_grid, dk_pooled, pooled_kv_grid, k),
+            (blocks.unpad(dv), kv_grid, dv_pooled, pooled_kv_grid, v),
         )
     )
     return dq, dk, dv
@@ -209,7 +215,7 @@ def fine_backward(
 def combine(
     out_fine: torch.Tensor,
     coarse: torch.Tensor | None,
-    grid: CubeGrid,
+    coarse_grid: CubeGrid,
     gate_fine: Gate,
     gate_coarse: Gate,
 ) -> torch.Tensor:
@@ -217,7 +223,7 @@ def combine(
 
     Args:
         out_fine: [B, S, H, D].
-        coarse: [B, H, N, D], or None for no coarse term.
+        coarse: [B, H, N, D], a row for each cube of coarse_grid, or None for no coarse term.
         gate_fine, gate_coarse: [B, S, H, D] or 0-d tensor, float, or None (1.0).
 
     Returns:
@@ -226,7 +232,7 @@ def combine(
     dtype = _compute_dtype(out_fine)
     out = out_fine.to(dtype) * _gate(gate_fine, dtype)
     if coarse is not None:
-        out = out + _spread(coarse, grid, dtype) * _gate(gate_coarse, dtype)
+        out = out + _spread(coarse, coarse_grid, dtype) * _gate(gate_coarse, dtype)
     return out.to(out_fine.dtype)
 
 
@@ -239,18 +245,20 @@ def combine_backward(
     gate_fine: Gate,
     gate_coarse: Gate,
     q_block_sizes: torch.Tensor | None = None,
+    coarse_grid: CubeGrid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of combine, and the row term of the softmax gradient that fine_backward needs.
 
     Args:
-        grad_out, out_fine: [B, S, H, D]; grad_lse: [B, H, N, 64] or None (no gradient).
+        grad_out, out_fine: [B, S, H, D]; grad_lse: [B, H, N, 64] of `grid` or None (no gradient).
         coarse, gate_fine, gate_coarse: as for combine.
         q_block_sizes: int32 [N] or None, as for fine_forward.
+        coarse_grid: the cubes of `coarse`, over the same tokens; None: `grid`, the one of the fine stage.
 
     Returns:
         grad_fine: [B, S, H, D] in out_fine.dtype; grad_out itself when gate_fine is 1.
-        delta: [B, H, N, 64], rowsum(grad_fine * out_fine) - grad_lse; 0 for slots with no token.
-        grad_coarse: [B, H, N, D], or None without coarse. Like delta fp32 (fp64 for fp64).
+        delta: [B, H, N, 64] of `grid`, rowsum(grad_fine * out_fine) - grad_lse; 0 for slots with no token.
+        grad_coarse: [B, H, N, D] of coarse_grid, or None without coarse. Like delta fp32 (fp64 for fp64).
         grad_gate_fine, grad_gate_coarse: shape and dtype of the gate, or None when it is not a tensor.
     """
     dtype = _compute_dtype(out_fine)
@@ -268,9 +276,12 @@ def combine_backward(
     grad_gate_fine = _gate_gradient(gate_fine, grad, fine)
     grad_coarse = grad_gate_coarse = None
     if coarse is not None:
-        grad_coarse = _to_cubes(grad * _gate(gate_coarse, dtype), grid, valid).sum(dim=3)
+        coarse_grid = coarse_grid or grid
+        cut_off = ~valid.flatten()[grid.slot_of_token(valid.device), None, None]
+        product = (grad * _gate(gate_coarse, dtype)).masked_fill(cut_off, 0.0)
+        grad_coarse = _to_cubes(product, coarse_grid, coarse_grid.valid(product.device)).sum(dim=3)
         if isinstance(gate_coarse, torch.Tensor):
-            grad_gate_coarse = _gate_gradient(gate_coarse, grad, _spread(coarse, grid, dtype))
+            grad_gate_coarse = _gate_gradient(gate_coarse, grad, _spread(coarse, coarse_grid, dtype))
     return grad_fine, delta, grad_coarse, grad_gate_fine, grad_gate_coarse
 
 
@@ -303,15 +314,17 @@ class _KeyBlocks:
     """Key and value cubes with the lists of query cubes that gather them.
 
     keys, values: [B * H * (Nkv + 1), 64, D]. The last cube of every head is zero; list entries beyond the
-    length stand for it, so that no unlisted token, infinite or NaN, can reach a result.
+    length stand for it, so that no unlisted token, infinite or NaN, can reach a result. Without an index all
+    query cubes of a head have one list, and a chunk of them gathers it once.
     """
 
     def __init__(
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        kv_num_blocks: torch.Tensor,
-        kv_indices: torch.Tensor,
+        kv_num_blocks: torch.Tensor | None,
+        kv_indices: torch.Tensor | None,
+        q_grid: CubeGrid,
         grid: CubeGrid,
         block_sizes: torch.Tensor | None,
     ):
@@ -322,20 +335,39 @@ class _KeyBlocks:
             pad(_to_cubes(x, grid, valid), (0, 0, 0, 0, 0, 1)).flatten(0, 2) for x in (k, v)
         )
         self.masked = ~pad(valid, (0, 0, 0, 1)).repeat(self.batch * self.heads, 1)
-        max_blocks = kv_indices.shape[3]
-        listed = torch.arange(max_blocks, device=k.device) < kv_num_blocks[..., None]
-        ids = torch.where(listed, kv_indices, cubes).long().flatten(0, 1)
+        if kv_indices is None:
+            self.rows_per_list = q_grid.num_cubes
+            ids = torch.arange(cubes, device=k.device)
+        else:
+            self.rows_per_list = 1
+            listed = torch.arange(kv_indices.shape[3], device=k.device) < kv_num_blocks[..., None]
+            ids = torch.where(listed, kv_indices, cubes).long().flatten(0, 1)
         first = torch.arange(self.batch * self.heads, device=k.device) * (cubes + 1)
-        self.ids = (ids + first[:, None, None]).flatten(0, 1)  # [B * H * Nq, max_blocks]
+        self.lists = (ids + first[:, None, None]).flatten(0, 1)  # [B * H * Nq or B * H, max_blocks]
 
     def chunks(self) -> Iterator[slice]:
-        rows, max_blocks = self.ids.shape
-        return _chunks(rows, max_blocks * CUBE_VOLUME * self.head_dim)
+        """Query cubes over all heads; with one list a head, of one head each."""
+        lists, max_blocks = self.lists.shape
+        elements = max_blocks * CUBE_VOLUME * self.head_dim
+        if self.rows_per_list == 1:
+            yield from _chunks(lists, elements)
+            return
+        for first in range(0, lists * self.rows_per_list, self.rows_per_list):
+            for rows in _chunks(self.rows_per_list, elements):
+                yield slice(first + rows.start, first + rows.stop)
+
+    def ids(self, rows: slice) -> torch.Tensor:
+        """Cubes of the lists of a chunk: [rows, max_blocks], or [1, max_blocks] where one list serves all."""
+        return (
+            self.lists[rows]
+            if self.rows_per_list == 1
+            else self.lists[rows.start // self.rows_per_list, None]
+        )
 
     def gather(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """keys, values [rows, L, D] and masked [rows, 1, L], True for no token; L = max_blocks * 64."""
-        count, max_blocks = self.ids[rows].shape
-        ids, length = self.ids[rows].flatten(), max_blocks * CUBE_VOLUME
+        """keys, values [R, L, D], masked [R, 1, L], True for no token; R as in ids, L = max_blocks * 64."""
+        count, max_blocks = self.ids(rows).shape
+        ids, length = self.ids(rows).flatten(), max_blocks * CUBE_VOLUME
         keys, values = (
             x.index_select(0, ids).view(count, length, self.head_dim) for x in (self.keys, self.values)
         )
@@ -376,10 +408,10 @@ def _to_raster(x: torch.Tensor, grid: CubeGrid) -> torch.Tensor:
 
 
 def _add_pooled(grad: torch.Tensor, pooled: torch.Tensor | None, grid: CubeGrid) -> torch.Tensor:
-    """grad [B, H, N, 64, D] plus pooled [B, H, N, D] / cube size, the gradient of a mean."""
+    """grad [B, S, H, D] plus pooled [B, H, N, D] / cube size, the gradient of a mean."""
     if pooled is None:
         return grad
-    return grad + (pooled / grid.cube_sizes(pooled.device)[:, None])[..., None, :]
+    return grad + _spread(pooled.to(grad.dtype) / grid.cube_sizes(pooled.device)[:, None], grid, grad.dtype)
 
 
 def _spread(coarse: torch.Tensor, grid: CubeGrid, dtype: torch.dtype) -> torch.Tensor:

@@ -1,10 +1,11 @@
 // Backward of the combination out = fine * gate_fine + coarse[cube] * gate_coarse (VSA, equation 3), and the
 // row term of the fine stage's softmax gradient, in one pass over the tokens.
 //
-// A CTA takes one cube of one head (heads fastest: they lie side by side in memory), a thread 8 columns of
-// kCombineRows tokens. All loads are issued before the first use: up to 4 tensors * 4 rows * 16 bytes in
-// flight for each thread. Bound by memory. Slots that hold no token are neither read nor add to a sum; tokens
-// among them get zeros.
+// A CTA takes one coarse cube of one head (heads fastest: they lie side by side in memory), a thread 8
+// columns of kCombineRows tokens. All loads are issued before the first use: up to 4 tensors * 4 rows * 16
+// bytes in flight for each thread. Bound by memory. Slots that hold no token are neither read nor add to a
+// sum; tokens among them get zeros. Rows of the fine stage (delta, the LSE's gradient) lie by the query grid,
+// which may be another one.
 #pragma once
 
 #include "kernels/combine_backward_params.h"
@@ -66,7 +67,7 @@ struct CombineColumns {
   template <class T>
   VSA_DEVICE void store(void* tensor, const CombineBackwardParams& params, int head_dim, int64_t token,
                         const Eight& values) const {
-    int64_t row = (batch * params.grid.num_tokens() + token) * params.heads + head;
+    int64_t row = (batch * params.q_grid.num_tokens() + token) * params.heads + head;
     *reinterpret_cast<uint4*>(static_cast<T*>(tensor) + row * head_dim + column) = pack_eight<T>(values);
   }
 };
@@ -101,15 +102,26 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
   using Sums = CombineSums<kHeadDim>;
   __shared__ Sums sums;
 
-  int cubes = params.grid.num_cubes();
+  const CubeGrid& grid = params.coarse_grid;
+  int cubes = grid.num_cubes(), q_blocks = params.q_grid.num_cubes();
   int head = blockIdx.x % params.heads;
   int cube = blockIdx.x / params.heads % cubes;
   int batch = blockIdx.x / params.heads / cubes;
   CombineColumns columns{batch, head, int(threadIdx.x) % kLanesPerRow * 8};
   int first_slot = threadIdx.x / kLanesPerRow;
   int64_t row = (int64_t(batch) * params.heads + head) * cubes + cube;
-  int prefix = params.block_sizes ? __ldg(params.block_sizes + cube) : kCubeTokens;
-  Extent3 origin = params.grid.origin(cube);
+  float* delta_rows = params.delta + (int64_t(batch) * params.heads + head) * q_blocks * kCubeTokens;
+  Extent3 origin = grid.origin(cube);
+
+  // Where a row of the fine stage lies on the query grid: block * 64 + slot.
+  auto place = [&params, cube](int token, int slot) {
+    return params.same_grid ? cube * kCubeTokens + slot : params.q_grid.place_of(token);
+  };
+  auto in_prefix = [&params, &place](int token, int slot) {
+    if (!params.block_sizes) return true;
+    int at = place(token, slot);
+    return at % kCubeTokens < __ldg(params.block_sizes + at / kCubeTokens);
+  };
 
   int tokens[kCombineRows];  // a grid has fewer than 2^31
   bool real[kCombineRows];
@@ -117,8 +129,8 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
 #pragma unroll
   for (int i = 0; i < kCombineRows; i++) {
     int slot = first_slot + i * kRowStep;
-    tokens[i] = int(params.grid.token(origin, slot));
-    real[i] = tokens[i] >= 0 && slot < prefix;
+    tokens[i] = int(grid.token(origin, slot));
+    real[i] = tokens[i] >= 0 && in_prefix(tokens[i], slot);
     grad_out[i] = out_fine[i] = gate_fine[i] = gate_coarse[i] = uint4{0, 0, 0, 0};
     if (!real[i]) continue;
     grad_out[i] = columns.load<T>(params.grad_out, tokens[i]);
@@ -169,13 +181,24 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
 #pragma unroll
     for (int c = 0; c < 8; c++) delta += grad_fine.data[c] * fine.data[c];
     delta = lanes_sum<1, kLanesPerRow>(delta);
-    if (columns.column == 0) {
-      int slot = first_slot + i * kRowStep;
+    // A slot of a coarse cube without a token is one of the query grid where the two are the same.
+    if (columns.column == 0 && (tokens[i] >= 0 || params.same_grid)) {
+      int at = place(tokens[i], first_slot + i * kRowStep);
       if (params.grad_lse && real[i]) {
         delta -= params.grad_lse[batch * params.grad_lse_strides[0] + head * params.grad_lse_strides[1] +
-                                 cube * params.grad_lse_strides[2] + slot * params.grad_lse_strides[3]];
+                                 at / kCubeTokens * params.grad_lse_strides[2] +
+                                 at % kCubeTokens * params.grad_lse_strides[3]];
       }
-      params.delta[row * kCubeTokens + slot] = delta;
+      delta_rows[at] = delta;
+    }
+  }
+  if (!params.same_grid) {
+    // Slots of the query grid without a token, which no coarse cube holds.
+    int slot = threadIdx.x;
+    for (int block = cube; block < q_blocks; block += cubes) {
+      if (slot < kCubeTokens && params.q_grid.token(params.q_grid.origin(block), slot) < 0) {
+        delta_rows[block * kCubeTokens + slot] = 0.0f;
+      }
     }
   }
 

@@ -9,19 +9,22 @@ namespace vsa {
 // What is absent is null. Gradients of tensor gates: [batch, tokens, heads, head_dim] packed, the input's
 // type.
 struct CombineBackwardParams {
-  CubeGrid grid;
+  CubeGrid q_grid;
+  CubeGrid coarse_grid;  // the cubes of `coarse`, which the CTAs walk; of the same tokens as q_grid
   TokenRows grad_out, out_fine;
-  const int32_t* block_sizes;  // [num_cubes]
-  const float* grad_lse;       // [batch, heads, num_cubes, 64] by grad_lse_strides
+  const int32_t* block_sizes;  // [num_q_blocks]
+  const float* grad_lse;       // [batch, heads, num_q_blocks, 64] by grad_lse_strides
   int64_t grad_lse_strides[4];
-  const void* coarse;  // [batch, heads, num_cubes, head_dim], the input's type
+  const void* coarse;  // [batch, heads, coarse cubes, head_dim], the input's type
   Gate gate_fine, gate_coarse;
   void* grad_fine;    // [batch, tokens, heads, head_dim] packed
-  float* delta;       // [batch, heads, num_cubes, 64]
-  void* grad_coarse;  // [batch, heads, num_cubes, head_dim], the query's type
+  float* delta;       // [batch, heads, num_q_blocks, 64]
+  void* grad_coarse;  // [batch, heads, coarse cubes, head_dim], the query's type
   void *grad_gate_fine, *grad_gate_coarse;
-  float *scalar_fine, *scalar_coarse;  // [batch, heads, num_cubes], sums over a cube for gates of one number
+  // [batch, heads, coarse cubes], sums over a cube for gates of one number
+  float *scalar_fine, *scalar_coarse;
   int32_t heads;
+  bool same_grid;                             // q_grid is coarse_grid
   bool vector_gate_fine, vector_gate_coarse;  // the gate's rows can be read 16 bytes at a time
 };
 

@@ -24,6 +24,8 @@ constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 // Three numbers along time, height and width.
 struct Extent3 {
   int32_t t, h, w;
+
+  bool operator==(const Extent3&) const = default;
 };
 
 // Tokens in raster order (time outermost) on `video`, cut into cubes of 2^log2_cube tokens a side; cubes in
@@ -34,6 +36,8 @@ struct CubeGrid {
   Extent3 log2_cube;
   Extent3 cubes;
   uint32_t reciprocal_w, reciprocal_h;  // of cubes.w and cubes.h: see divide()
+
+  bool operator==(const CubeGrid&) const = default;
 
   VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
   VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
@@ -77,12 +81,17 @@ struct CubeGrid {
     return (int64_t(at.t) * video.h + at.h) * video.w + at.w;
   }
 
-  // The cube that holds a raster token.
-  VSA_HOST_DEVICE int cube_of(int64_t token) const {
-    int64_t row = token / video.w;
-    int w = int(token - row * video.w), t = int(row / video.h), h = int(row - int64_t(t) * video.h);
-    return ((t >> log2_cube.t) * cubes.h + (h >> log2_cube.h)) * cubes.w + (w >> log2_cube.w);
+  // Where a raster token lies: cube * 64 + slot. Fewer than 2^25 cubes, so both fit an int.
+  VSA_HOST_DEVICE int place_of(int token) const {
+    int row = token / video.w, t = row / video.h;
+    int h = row - t * video.h, w = token - row * video.w;
+    int cube = ((t >> log2_cube.t) * cubes.h + (h >> log2_cube.h)) * cubes.w + (w >> log2_cube.w);
+    int dt = t & ((1 << log2_cube.t) - 1), dh = h & ((1 << log2_cube.h) - 1);
+    return cube * kCubeTokens + (((dt << log2_cube.h) + dh) << log2_cube.w) + (w & ((1 << log2_cube.w) - 1));
   }
+
+  // The cube that holds a raster token.
+  VSA_HOST_DEVICE int cube_of(int64_t token) const { return place_of(int(token)) / kCubeTokens; }
 
   // Bit s is set where slot s is a real token.
   VSA_HOST_DEVICE uint64_t valid_slots(Extent3 origin) const {

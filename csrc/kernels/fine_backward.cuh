@@ -97,16 +97,46 @@ VSA_DEVICE void settle(const Tile& tile, float scale_log2) {
   if (__any_sync(0xffffffffu, bits == 0xffffffffu) && scale_log2 == INFINITY) __trap();
 }
 
-// tile = tile * scale + pooled * share, on every row; pooled [kCols] or null.
+// What a lane's two tokens get of the pooled gradients: a row of them, the token's cube's, over its tokens.
+struct PooledRows {
+  int64_t row[2];
+  float share[2];
+
+  // `real` tokens of cube number `cube` of the pass's `grid`.
+  VSA_DEVICE PooledRows(const FineBackwardParams& params, const CubeGrid& grid, const CubeAddress& address,
+                        int cube, uint64_t real) {
+    const CubeGrid& pooled = params.pooled_grid;
+    int64_t first = (int64_t(address.batch) * params.heads + address.head) * pooled.num_cubes();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int from = cube, tokens = __popcll(real);
+      if (!params.pooled_on_own_grid) {
+        // A slot without a token takes any row: its gradient is not stored.
+        from = pooled.cube_of(max(grid.token(address.origin, tile_row(half)), int64_t(0)));
+        Extent3 side = pooled.sides(pooled.origin(from));
+        tokens = side.t * side.h * side.w;
+      }
+      row[half] = first + from;
+      share[half] = 1.0f / tokens;
+    }
+  }
+};
+
+// tile = tile * scale + pooled * share; pooled [cubes of all heads, kCols] or null.
 template <class T, int kCols>
-VSA_DEVICE void scale_and_add_row(FloatTile<kCols>& tile, float scale, const T* pooled, float share) {
+VSA_DEVICE void scale_and_add_rows(FloatTile<kCols>& tile, float scale, const T* pooled,
+                                   const PooledRows& from) {
 #pragma unroll
-  for (int j = 0; j < kCols / 8; j++) {
-    float2 add{0.0f, 0.0f};
-    if (pooled) add = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(pooled + 8 * j + tile_column())));
+  for (int half = 0; half < 2; half++) {
+    const T* row = pooled + from.row[half] * kCols + tile_column();
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      tile.data[4 * j + i] = fmaf(tile.data[4 * j + i], scale, share * (i % 2 ? add.y : add.x));
+    for (int j = 0; j < kCols / 8; j++) {
+      float2 add{0.0f, 0.0f};
+      if (pooled) add = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(row + 8 * j)));
+      float &x = tile.data[4 * j + 2 * half], &y = tile.data[4 * j + 2 * half + 1];
+      x = fmaf(x, scale, from.share[half] * add.x);
+      y = fmaf(y, scale, from.share[half] * add.y);
+    }
   }
 }
 

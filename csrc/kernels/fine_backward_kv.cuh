@@ -136,13 +136,10 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   int cube = task.cube(params.kv_grid, consumer);
   CubeAddress address = task.address(params.kv_grid, cube);
   uint64_t real = params.kv_grid.valid_slots(address.origin);
-  float share = 1.0f / __popcll(real);
-  int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.kv_grid.num_cubes() + cube;
-  auto pooled_row = [row](const void* pooled) {
-    return pooled ? static_cast<const typename Kernel::T*>(pooled) + row * Kernel::kHeadDim : nullptr;
-  };
-  scale_and_add_row(state.grad_key, params.scale, pooled_row(params.dk_pooled), share);
-  scale_and_add_row(state.grad_value, 1.0f, pooled_row(params.dv_pooled), share);
+  using T = typename Kernel::T;
+  PooledRows pooled(params, params.kv_grid, address, cube, real);
+  scale_and_add_rows(state.grad_key, params.scale, static_cast<const T*>(params.dk_pooled), pooled);
+  scale_and_add_rows(state.grad_value, 1.0f, static_cast<const T*>(params.dv_pooled), pooled);
   // Rows of pads: whatever they were computed from, NaN included.
   if (params.block_sizes) real &= CubeGrid::ones(__ldg(params.block_sizes + cube));
   fill_rows(state.grad_key, real, 0.0f);

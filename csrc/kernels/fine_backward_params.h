@@ -18,9 +18,12 @@ struct FineBackwardParams {
   int64_t q_indices_per_head;
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
   const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64]
-  const void* dq_pooled;                       // [batch, heads, num_q_blocks, head_dim], the query's type
-  const void *dk_pooled, *dv_pooled;           // [batch, heads, num_kv_blocks, head_dim], likewise
-  float scale, scale_log2;                     // scale_log2 = scale * log2(e)
+  // [batch, heads, cubes of pooled_grid, head_dim], the query's type; the query pass takes the first, the key
+  // pass the others.
+  const void *dq_pooled, *dk_pooled, *dv_pooled;
+  CubeGrid pooled_grid;     // of the same tokens as the grid of the pass
+  bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
+  float scale, scale_log2;  // scale_log2 = scale * log2(e)
   int32_t heads;
 };
 

@@ -119,9 +119,9 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
 
   CubeAddress address = task.address(params.q_grid, cube);
   uint64_t real = params.q_grid.valid_slots(address.origin);
-  const auto* pooled = static_cast<const typename Kernel::T*>(params.dq_pooled);
-  if (pooled) pooled += row * Kernel::kHeadDim;
-  scale_and_add_row(state.grad_query, params.scale, pooled, 1.0f / __popcll(real));
+  PooledRows pooled(params, params.q_grid, address, cube, real);
+  scale_and_add_rows(state.grad_query, params.scale, static_cast<const typename Kernel::T*>(params.dq_pooled),
+                     pooled);
   // Rows of pads: whatever they were computed from, NaN included.
   if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + cube));
   fill_rows(state.grad_query, real, 0.0f);

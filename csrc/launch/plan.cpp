@@ -137,6 +137,12 @@ void check_same_heads(const TokenTensor& tensor, const TokenTensor& expected, co
                  words(expected), " as query has");
 }
 
+void check_same_tokens(const CubeGrid& grid, const CubeGrid& expected, const char* argument) {
+  check_argument(grid.num_tokens() == expected.num_tokens(), argument, ": got ", grid.num_tokens(),
+                 " tokens, expected the ", expected.num_tokens(),
+                 " of the fine stage; pass the shape of the same video");
+}
+
 std::string kernel_name(const char* stem, int64_t head_dim, ElementType type) {
   check_argument(head_dim == 64 || head_dim == 128, "head_dim: got ", head_dim, ", expected 64 or 128");
   check_argument(type != ElementType::kFloat32, "dtype: got float32, expected bfloat16 or float16");

@@ -62,6 +62,9 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Another cut of the same tokens.
+void check_same_tokens(const CubeGrid& grid, const CubeGrid& expected, const char* argument);
+
 CubeGrid make_grid(std::array<int64_t, 3> video_shape, std::array<int64_t, 3> cube);
 
 // Boxes of one cube by 64 columns over `tensor`, and how a kernel addresses them. `argument` names it in

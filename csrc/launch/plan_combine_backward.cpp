@@ -23,9 +23,12 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
                  "coarse: got an address that is not 16-byte aligned; copy the tensor");
 
   CombineBackwardParams params{};
-  params.grid = arguments.grid;
-  params.grad_out = make_token_rows(grad_out, arguments.grid, "grad_out");
-  params.out_fine = make_token_rows(arguments.out_fine, arguments.grid, "out_fine");
+  check_same_tokens(arguments.coarse_grid, arguments.q_grid, "coarse_grid");
+  params.q_grid = arguments.q_grid;
+  params.coarse_grid = arguments.coarse_grid;
+  params.same_grid = arguments.coarse_grid == arguments.q_grid;
+  params.grad_out = make_token_rows(grad_out, arguments.q_grid, "grad_out");
+  params.out_fine = make_token_rows(arguments.out_fine, arguments.q_grid, "out_fine");
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.grad_lse = pointer<const float>(arguments.grad_lse.address);
   if (params.grad_lse) {
@@ -51,8 +54,8 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
   LaunchPlan plan;
   plan.kernel = kernel_name("combine_backward", grad_out.head_dim, grad_out.type);
   plan.set_params(params);
-  plan.grid[0] =
-      checked_grid(int64_t(arguments.grid.num_cubes()) * grad_out.heads * grad_out.batch, "combine_backward");
+  plan.grid[0] = checked_grid(int64_t(arguments.coarse_grid.num_cubes()) * grad_out.heads * grad_out.batch,
+                              "combine_backward");
   plan.block[0] = combine_threads(grad_out.head_dim);
   return plan;
 }

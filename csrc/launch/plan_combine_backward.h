@@ -9,7 +9,8 @@ namespace vsa {
 // Addresses and tensors: 0 where absent. See kernels/combine_backward_params.h for the shapes.
 struct CombineBackwardArguments {
   TokenTensor grad_out, out_fine;
-  CubeGrid grid;
+  CubeGrid q_grid;
+  CubeGrid coarse_grid;  // of q_grid's tokens
   uint64_t block_sizes = 0;
   StridedTensor grad_lse;
   uint64_t coarse = 0;

@@ -60,6 +60,13 @@ CubeCoordinates add_gradient(LaunchPlan& plan, const TokenTensor& gradient, cons
   return add_map(plan, gradient, grid, argument);
 }
 
+void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const CubeGrid& grid,
+                     const char* argument) {
+  check_same_tokens(pooled, grid, argument);
+  params.pooled_grid = pooled;
+  params.pooled_on_own_grid = pooled == grid;
+}
+
 uint32_t ctas(const FineBackwardArguments& arguments, const CubeGrid& grid, const char* kernel) {
   int64_t groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
   return checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel);
@@ -79,6 +86,7 @@ LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
   params.q_offsets = pointer<const int32_t>(arguments.q_offsets);
   params.q_indices = pointer<const int32_t>(arguments.q_indices);
   params.q_indices_per_head = arguments.q_indices_per_head;
+  set_pooled_grid(params, arguments.pooled_kv_grid, arguments.kv_grid, "pooled_kv_grid");
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);
   params.dv_pooled = pointer<const void>(arguments.dv_pooled);
   plan.set_params(params);
@@ -93,6 +101,7 @@ LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   add_inputs(plan, params, arguments);
   params.grad_query = add_gradient(plan, arguments.grad_query, arguments.query, arguments.q_grid, "dq");
   params.lists = arguments.lists;
+  set_pooled_grid(params, arguments.pooled_q_grid, arguments.q_grid, "pooled_q_grid");
   params.dq_pooled = pointer<const void>(arguments.dq_pooled);
   plan.set_params(params);
   plan.grid[0] = ctas(arguments, arguments.q_grid, "fine_backward_q");

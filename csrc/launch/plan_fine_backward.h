@@ -17,8 +17,9 @@ struct FineBackwardArguments {
   int64_t q_indices_per_head = 0;
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks]
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
-  uint64_t dq_pooled = 0, dk_pooled = 0,
-           dv_pooled = 0;  // [batch, heads, blocks, head_dim] packed, the query's type
+  // [batch, heads, cubes, head_dim] packed, the query's type
+  uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;
+  CubeGrid pooled_q_grid, pooled_kv_grid;  // their cubes; of q_grid's and kv_grid's tokens
   double scale = 1.0;
 };
 

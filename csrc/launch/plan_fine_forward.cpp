@@ -54,9 +54,7 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.q_grid = arguments.q_grid;
   params.kv_grid = arguments.kv_grid;
   params.coarse_grid = arguments.coarse_grid;
-  check_argument(arguments.coarse_grid.num_tokens() == arguments.q_grid.num_tokens(), "coarse_grid: got ",
-                 arguments.coarse_grid.num_tokens(), " tokens, expected ", arguments.q_grid.num_tokens(),
-                 " as query has");
+  check_same_tokens(arguments.coarse_grid, arguments.q_grid, "coarse_grid");
 
   auto add_map = [&plan](const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
     CubeMap map = make_cube_map(tensor, grid, argument);
