@@ -40,13 +40,14 @@ class Target:
 def find(
     rows: list[Row], op: str, direction: str, backend: str, case: str, pattern: str | None = None
 ) -> Row | None:
-    """The newest row that is ok."""
+    """The newest row that is ok. The floors are those of a warm L2."""
     wanted = (op, direction, backend, case)
     found = [
         row
         for row in rows
         if (row.op, row.direction, row.backend, row.case) == wanted
         and row.status == "ok"
+        and row.l2 != "cold"
         and pattern in (None, row.pattern)
     ]
     return max(found, key=lambda row: row.date, default=None)

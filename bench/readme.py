@@ -61,12 +61,12 @@ def _run_line(date, device, torch, cuda, commit, dirty, command) -> str:
 def _table(op: str, rows: list[Row]) -> str:
     if op == "roofline":
         names = ("ceiling", "TFLOP/s", "TB/s")
-        cells = [(row.case, number(row.tflops), number(row.tb_per_s)) for row in rows]
+        cells = [(row.title, number(row.tflops), number(row.tb_per_s)) for row in rows]
     else:
         names = ("case", "lists", "top-k", "pass", "backend", *_FIGURES)
         cells = [
             (
-                row.case,
+                row.title,
                 row.pattern,
                 f"{row.topk} of {row.blocks_total}",
                 row.direction,

@@ -52,7 +52,7 @@ def rows_table(rows: list[Row], title: str | None = None) -> Table:
     ):
         table.add_column(name, justify="right")
     for row in rows:
-        head = (row.case, row.pattern or "", row.op, row.direction, row.backend)
+        head = (row.title, row.pattern or "", row.op, row.direction, row.backend)
         if row.status == "failed":
             table.add_row(*head, "[red]failed[/]")
             continue

@@ -116,6 +116,11 @@ class Row:
         return {"pass" if name == "direction" else name: value for name, value in asdict(self).items()}
 
     @property
+    def title(self) -> str:
+        """The case's name in tables, with what sets the row apart from others of its name."""
+        return f"{self.case}, L2 cold" if self.l2 == "cold" else self.case
+
+    @property
     def key(self) -> tuple:
         """What the row measures, whoever measured it and when."""
         return (

@@ -63,9 +63,7 @@ def interleave(
         for _ in range(_WARMUP):
             call()
         runs[name], timings[name] = _captured(call, l2) if graphs else (call, Timing("events", l2))
-    flush = None
-    if l2 == "cold":
-        flush = _larger_than_l2(device)
+    flush = _larger_than_l2(device) if l2 == "cold" else None
     began, rounds = time.perf_counter(), 0
     while rounds < FEWEST or (rounds < MOST and time.perf_counter() - began < budget_s):
         events = {}

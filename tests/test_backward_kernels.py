@@ -7,6 +7,7 @@ import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case
 from inputs import random_index
+from simulated import run_simulated
 from tolerance import assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
@@ -14,16 +15,6 @@ from vsa_cuda.geometry import CubeGrid
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
 )
-
-
-def run_simulated(function, *arguments, seed=0):
-    from simulated import simulated_device
-
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    with simulated_device(*tensors, seed=seed) as device:
-        results = function(*arguments)
-    device.assert_written(*(x for x in results if x.dim() and x.numel()))
-    return results
 
 
 def on_gpu(x):
@@ -68,6 +59,16 @@ def test_transpose_index_of_expanded_lists(run):
     lists = counts.expand(2, 3, 9), indices.expand(2, 3, 9, 4)
     expected = reference.transpose_index(*lists, 11)
     for actual, exact in zip(run(_kernels.transpose_index, *lists, 11), expected, strict=True):
+        assert torch.equal(actual, exact)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(20))
+def test_transpose_index_under_adversarial_schedules(schedule, seed):
+    lists = random_index(40, 23, 5, heads=2, counts=torch.randint(0, 6, (1, 2, 40)))
+    expected = reference.transpose_index(*lists, 23)
+    results = run_simulated(_kernels.transpose_index, *lists, 23, seed=1000 * seed + schedule)
+    for actual, exact in zip(results, expected, strict=True):
         assert torch.equal(actual, exact)
 
 
@@ -174,6 +175,16 @@ def test_combine_backward_of_unlike_grids(run):
     for grid, coarse_grid, ragged in ((few, many, None), (many, few, sizes)):
         shape = (1, few.num_tokens, 2, 64)
         check_combine_backward(run, grid, shape, torch.float16, "tensor", "tensor", True, ragged, coarse_grid)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(20))
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)])
+def test_combine_backward_under_adversarial_schedules(head_dim, dtype, schedule, seed):
+    """A tensor gate and a scalar one: elementwise gradients and partial sums in one launch."""
+    run_schedule = functools.partial(run_simulated, seed=1000 * seed + schedule)
+    grid, shape = CubeGrid((3, 5, 6)), (1, 90, 2, head_dim)
+    check_combine_backward(run_schedule, grid, shape, dtype, "tensor", "scalar", with_lse=True)
 
 
 # Fine stage.

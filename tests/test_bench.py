@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import backends, cli, flops, machine, patterns, rows, shapes, timing
+from bench import backends, cli, floors, flops, machine, patterns, roofline, rows, shapes, timing
+from bench.backends import flex
 from bench.backends.flex import block_mask
 from bench.backends.tiles import Tiling
+from bench.cases import block, coarse
 from bench.runner import Options, Runner
 from bench_cases import (  # noqa: F401
     TINY,
@@ -224,6 +226,22 @@ def test_flex_block_mask_means_the_same_lists():
     assert int(mask.q_num_blocks.sum() + mask.full_q_num_blocks.sum()) == problem.pairs
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flex_backward_blocks_divide_the_masks(head_dim, monkeypatch):
+    """Inductor takes no other configuration, whatever kernel_options say."""
+    from torch._inductor.choices import InductorChoices
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    name = "get_flex_attention_bwd_configs"
+    monkeypatch.setattr(InductorChoices, name, getattr(InductorChoices, name))  # put back afterwards
+    flex._fit_backward_blocks()
+    configs = InductorChoices().get_flex_attention_bwd_configs(head_dim, torch.bfloat16, "cuda")
+    assert configs
+    for config in configs:
+        blocks = (config.block_m1, config.block_n1, config.block_m2, config.block_n2)
+        assert all(64 % block == 0 for block in blocks)
+
+
 # Refusal
 
 
@@ -238,6 +256,34 @@ class WrongBackend(backends.Vsa):
 class RaisingBackend(backends.Vsa):
     def fine(self, problem, backward):
         raise RuntimeError("CUDA error: no such kernel")
+
+
+class UncompiledBackend(backends.Vsa):
+    """As FlexAttention does: the backward is compiled when it first runs, and that fails."""
+
+    name = "flex"
+
+    def fine(self, problem, backward):
+        work = super().fine(problem, backward)
+
+        def raising():
+            raise RuntimeError("LoweringException: NoValidChoicesError")
+
+        if backward:
+            work.backward = work.both = raising
+        return work
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwd+bwd"])
+def test_a_failing_peer_leaves_the_other_rows(direction):
+    runner = quiet_runner([backends.Vsa(), UncompiledBackend(), backends.TorchDense()])
+    measured = {row.backend: row for row in runner.fine(tiny_problem(), direction)}
+    assert {name: row.status for name, row in measured.items()} == {
+        "vsa_cuda": "ok",
+        "flex": "failed",
+        "torch": "ok",
+    }
+    assert "NoValidChoicesError" in measured["flex"].note and measured["flex"].ms_median is None
 
 
 @pytest.mark.parametrize(("broken", "words"), [(WrongBackend, "error"), (RaisingBackend, "no such kernel")])
@@ -316,6 +362,55 @@ def test_gpu_timing_warms_or_flushes_and_falls_back(l2, captures, monkeypatch):
     assert timings["a"].note == (
         None if captures else "not captured: operation not permitted when stream is capturing"
     )
+
+
+def test_flush_is_larger_than_l2(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=60)
+    )
+    buffer = timing._larger_than_l2(torch.device("cpu"))
+    assert buffer.nbytes >= 2 * 60
+
+
+def test_rows_say_that_l2_was_cold(monkeypatch):
+    """From --l2 to every kind of row and the tables; the floors are not read off such rows."""
+    asked = []
+
+    def interleave(calls, device, *, l2, **options):
+        asked.append(l2)
+        return {name: timing.Timing("graph", l2, [1.0]) for name in calls}
+
+    monkeypatch.setattr("bench.runner.interleave", interleave)
+    args = cli.build_parser().parse_args(["fine", "--l2", "cold"])
+    options = cli._options(args, torch.device("cpu"))
+    runner = Runner(options, [backends.Vsa()])
+    problem = tiny_problem()
+    runner.fine(problem, "fwd")
+    runner.whole_op(tiny_problem(gate_coarse=None, gate_fine=None), "fwd+bwd")
+    coarse.measure_coarse(runner, problem)
+    block.measure_block(runner, "tiny", "fwd")
+    assert set(asked) == {"cold"} and {row.l2 for row in runner.rows} == {"cold"}
+    assert runner.rows[0].title == "tiny, L2 cold" and replace(runner.rows[0], l2="warm").title == "tiny"
+    key = ("fine", "fwd", "vsa_cuda", "tiny")
+    assert floors.find(runner.rows, *key) is None
+    assert floors.find([replace(runner.rows[0], l2="warm")], *key) is not None
+
+
+def test_copy_is_timed_without_a_graph(monkeypatch):
+    asked = {}
+
+    def interleave(calls, device, *, graphs=True, **options):
+        (name,) = calls
+        calls[name]()
+        asked[name] = graphs
+        return {name: timing.Timing("events", "warm", [2.0])}
+
+    monkeypatch.setattr(roofline, "interleave", interleave)
+    monkeypatch.setattr(roofline, "_MATRIX", 8)
+    monkeypatch.setattr(roofline, "_COPY_BYTES", 1 << 20)
+    _, copy = roofline.torch_cases(torch.device("cpu"), 0.0)
+    assert asked == {"matmul": True, "copy": False}
+    assert copy["tb_per_s"] == pytest.approx((1 << 20) / 2e-3 / 1e12)
 
 
 def test_gpu_state_from_nvidia_smi(monkeypatch, tmp_path):

@@ -253,6 +253,14 @@ def test_select_under_adversarial_schedules(seed, schedule):
 
 
 @pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(20))
+def test_select_wide_under_adversarial_schedules(seed, schedule):
+    query, key = integers(1, 67, 65, 64, FP16)
+    assert "wide" in plan(1, 67, 65, 64, 9).kernel
+    assert_equals_reference(query, key, 9, 0.5, seed * 1000 + schedule)
+
+
+@pytest.mark.simulator
 def test_select_takes_strided_tensors(seed):
     packed = torch.randn(2, 70, 3, 2, 64).to(BF16)
     query, key = packed.unbind(3)[0].transpose(1, 2), packed.unbind(3)[1].transpose(1, 2)

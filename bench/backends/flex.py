@@ -1,5 +1,7 @@
 """torch FlexAttention with the same lists as a BlockMask of 64x64 blocks."""
 
+from dataclasses import replace
+
 import torch
 
 from bench.backends.base import Backend, Missing, Work, autograd_work
@@ -19,6 +21,7 @@ class Flex(Backend):
         except ImportError as error:
             raise Missing(f"FlexAttention needs Triton ({error})") from error
         super().__init__(f"torch {torch.__version__}, triton {triton.__version__}")
+        _fit_backward_blocks()
         self._attend = torch.compile(flex_attention.flex_attention, dynamic=False)
 
     def fine(self, problem: Problem, backward: bool) -> Work:
@@ -35,6 +38,30 @@ class Flex(Backend):
 
 
 _BLOCKS = {name: 64 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}
+# As inductor takes them with blocks of 64 on Hopper (head_dim below 64). At head_dim 128 three stages of two
+# tiles and two resident ones are 128 KB of shared memory.
+_BLOCKS |= {"bwd_num_warps": 4, "bwd_num_stages": 3}
+
+
+def _fit_backward_blocks() -> None:
+    """Cuts the blocks of inductor's backward configurations to the mask's 64.
+
+    Inductor drops a configuration whose own blocks do not divide the mask's, before kernel_options replace
+    them. On Hopper its only one at head_dim 128 (in torch 2.13 at 64, too) has blocks of 128: none is left,
+    and the backward ends in NoValidChoicesError.
+    """
+    from torch._inductor.choices import InductorChoices
+
+    default = InductorChoices.get_flex_attention_bwd_configs
+    names = ("block_m1", "block_n1", "block_m2", "block_n2")
+
+    def fitting(self, *args, **kwargs):
+        return [
+            replace(config, **{name: min(64, getattr(config, name)) for name in names})
+            for config in default(self, *args, **kwargs)
+        ]
+
+    InductorChoices.get_flex_attention_bwd_configs = fitting
 
 
 def block_mask(problem: Problem, tiling: Tiling):
