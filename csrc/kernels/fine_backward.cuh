@@ -22,8 +22,8 @@ struct FineBackward {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kBackwardConsumers;
   static constexpr int kStages = fine_backward_stages(kHeadDim);
-  static constexpr int kProducerRegisters = 56;  // enough to keep its lists and coordinates
-  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 40;  // enough to keep its lists and coordinates
+  static constexpr int kConsumerRegisters = 232;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
@@ -84,6 +84,12 @@ VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step) {
 
 VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
+
+// Keeps what stands above from mixing with what stands below: ptxas spreads matrix products among arithmetic
+// that is meant to run beside them, but moves nothing over a branch. Never taken.
+VSA_DEVICE void keep_apart(int stage) {
+  if (stage < 0) __trap();
+}
 
 // Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though
 // the work above is meant to run beside those products; it moves nothing over a branch that depends on all of

@@ -68,9 +68,21 @@ struct FineBackwardKvState {
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
 };
 
-// The two numbers of a row of queries that belong to this lane's columns of group j.
-VSA_DEVICE float2 column_pair(const float (&row)[kCubeTokens], int j) {
-  return *reinterpret_cast<const float2*>(row + 8 * j + tile_column());
+// A number for each column, of which a lane holds those of its columns: 2j, 2j + 1 of group j.
+struct ColumnVector {
+  static constexpr int kRegisters = kCubeTokens / 4;
+  float data[kRegisters];
+
+  VSA_DEVICE float of(int i) const { return data[i / 4 * 2 + i % 2]; }  // of a tile's register i
+};
+
+VSA_DEVICE void load(ColumnVector& result, const float (&row)[kCubeTokens]) {
+#pragma unroll
+  for (int j = 0; j < kCubeTokens / 8; j++) {
+    float2 pair = *reinterpret_cast<const float2*>(row + 8 * j + tile_column());
+    result.data[2 * j] = pair.x;
+    result.data[2 * j + 1] = pair.y;
+  }
 }
 
 template <class Kernel>
@@ -80,39 +92,36 @@ VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typena
   auto& grad_outs = shared.ring.second[stage];
   const QueryStageInfo& info = shared.ring.info[stage];
   FloatTile<kCubeTokens> scores, grads;
+  ColumnVector lse, delta;
+  // Asked for well before they are needed: they queue up behind the operands of whatever products run.
+  load(lse, info.lse);
   mma_fence();
   mma_ABt(scores, shared.first[consumer], queries, false);
   mma_commit();
   mma_ABt(grads, shared.second[consumer], grad_outs, false);
   mma_commit();
+  keep_apart(stage);
+#pragma unroll
+  for (float& x : lse.data) x *= -kLog2E;
+  settle(lse, scale_log2);
   mma_wait<1>(scores);
 #pragma unroll
-  for (int j = 0; j < kCubeTokens / 8; j++) {
-    float2 lse = column_pair(info.lse, j);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& x = scores.data[4 * j + i];
-      x = exp2_approx(fmaf(x, scale_log2, -kLog2E * (i % 2 ? lse.y : lse.x)));
-    }
+  for (int i = 0; i < scores.kRegisters; i++) {
+    scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, lse.of(i)));
   }
   HalfTile<typename Kernel::T, kCubeTokens> probabilities, grad_scores;
   convert(probabilities, scores);
+  load(delta, info.delta);
   settle(probabilities, scale_log2);
   mma_wait<0>(grads);
 
   mma_fence();
   mma_AB(state.grad_value, probabilities, grad_outs, true);
   mma_commit();
-  // Never so: without a branch here ptxas spreads these products among what is meant to run beside them.
-  if (stage == -1 - consumer) __trap();
+  keep_apart(stage);
 #pragma unroll
-  for (int j = 0; j < kCubeTokens / 8; j++) {
-    float2 delta = column_pair(info.delta, j);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& x = grads.data[4 * j + i];
-      x = scores.data[4 * j + i] * (x - (i % 2 ? delta.y : delta.x));
-    }
+  for (int i = 0; i < grads.kRegisters; i++) {
+    grads.data[i] = scores.data[i] * (grads.data[i] - delta.of(i));
   }
   convert(grad_scores, grads);
   mma_fence();
