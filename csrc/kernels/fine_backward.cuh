@@ -66,20 +66,33 @@ VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& f
   load_cube(shared.second[consumer], second_map, second_at, cube, full);
 }
 
-// A consumer's way round the ring: step(stage, valid) for each stage that it is a member of. It holds one
-// stage at a time, so that the others are free for loads under way: on lists that hardly overlap, a stage
-// lasts half as long as a load takes to arrive.
-template <class Ring, class Step>
-VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step) {
+constexpr int kNone = -1;
+
+// A consumer's way round the ring. step(stage, valid, pending) for each stage that it is a member of: its
+// last products may stay in flight and hold the stage, which is pending until the next step has waited for
+// them and released it (kNone: nothing is). A stage that has not landed is time to finish what is pending, so
+// that loads find room in the ring whatever the lists. `finish` waits for the products.
+template <class Ring, class Step, class Finish>
+VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
   RingPosition<Ring::kStages> at;
+  int pending = kNone;
   while (true) {
-    ring.full[at.stage].wait(at.phase);
+    if (!__all_sync(0xffffffffu, ring.full[at.stage].test(at.phase))) {
+      finish();
+      if (pending != kNone) ring.release(pending);
+      pending = kNone;
+      ring.full[at.stage].wait(at.phase);
+    }
     StageInfo info = ring.info[at.stage];
     if (info.members == 0) break;
-    if (info.members >> consumer & 1) step(at.stage, info.valid);
-    ring.release(at.stage);
+    if (info.members >> consumer & 1) {
+      pending = step(at.stage, info.valid, pending);
+    } else {
+      ring.release(at.stage);
+    }
     at.advance();
   }
+  finish();
 }
 
 VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }

@@ -26,6 +26,9 @@ static_assert(sizeof(QueryStageInfo) == kStageInfoBytes + kBackwardRowBytes);
 
 template <int kHeadDim, class T>
 struct FineBackwardKv : FineBackward<kHeadDim, T, QueryStageInfo> {
+  // Into the next step: dV and dK of a stage run beside S of the next. At head_dim 128 the registers do not
+  // do for that.
+  static constexpr bool kStaysPending = kHeadDim == 64;
   static_assert(sizeof(typename FineBackwardKv::Shared) == fine_backward_kv_shared_bytes(kHeadDim));
 };
 
@@ -66,6 +69,13 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
 template <class Kernel>
 struct FineBackwardKvState {
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
+  HalfTile<typename Kernel::T, kCubeTokens> probabilities, grad_scores;  // of the pending stage
+
+  // Until at most kPending products later than those of the pending stage are unfinished.
+  template <int kPending>
+  VSA_DEVICE void finish() {
+    mma_wait<kPending>(grad_value, grad_key, probabilities, grad_scores);
+  }
 };
 
 // A number for each column, of which a lane holds those of its columns: 2j, 2j + 1 of group j.
@@ -86,8 +96,8 @@ VSA_DEVICE void load(ColumnVector& result, const float (&row)[kCubeTokens]) {
 }
 
 template <class Kernel>
-VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typename Kernel::Shared& shared,
-                                      int consumer, float scale_log2, int stage) {
+VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typename Kernel::Shared& shared,
+                                     int consumer, float scale_log2, int stage, int pending) {
   auto& queries = shared.ring.first[stage];
   auto& grad_outs = shared.ring.second[stage];
   const QueryStageInfo& info = shared.ring.info[stage];
@@ -100,6 +110,10 @@ VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typena
   mma_commit();
   mma_ABt(grads, shared.second[consumer], grad_outs, false);
   mma_commit();
+  if constexpr (Kernel::kStaysPending) {
+    state.template finish<2>();
+    if (pending != kNone) shared.ring.release(pending);
+  }
   keep_apart(stage);
 #pragma unroll
   for (float& x : lse.data) x *= -kLog2E;
@@ -109,25 +123,27 @@ VSA_DEVICE void fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typena
   for (int i = 0; i < scores.kRegisters; i++) {
     scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, lse.of(i)));
   }
-  HalfTile<typename Kernel::T, kCubeTokens> probabilities, grad_scores;
-  convert(probabilities, scores);
+  convert(state.probabilities, scores);
   load(delta, info.delta);
-  settle(probabilities, scale_log2);
+  settle(state.probabilities, scale_log2);
   mma_wait<0>(grads);
 
   mma_fence();
-  mma_AB(state.grad_value, probabilities, grad_outs, true);
+  mma_AB(state.grad_value, state.probabilities, grad_outs, true);
   mma_commit();
   keep_apart(stage);
 #pragma unroll
   for (int i = 0; i < grads.kRegisters; i++) {
     grads.data[i] = scores.data[i] * (grads.data[i] - delta.of(i));
   }
-  convert(grad_scores, grads);
+  convert(state.grad_scores, grads);
   mma_fence();
-  mma_AB(state.grad_key, grad_scores, queries, true);
+  mma_AB(state.grad_key, state.grad_scores, queries, true);
   mma_commit();
-  mma_wait<0>(state.grad_value, state.grad_key, probabilities, grad_scores);
+  if constexpr (Kernel::kStaysPending) return stage;
+  state.template finish<0>();
+  shared.ring.release(stage);
+  return kNone;
 }
 
 template <class Kernel>
@@ -137,9 +153,10 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   FineBackwardKvState<Kernel> state;
   zero(state.grad_key);
   zero(state.grad_value);
-  walk_ring(shared.ring, consumer, [&state, &shared, consumer, &params](int stage, uint64_t) {
-    fine_backward_kv_step(state, shared, consumer, params.scale_log2, stage);
-  });
+  auto step = [&state, &shared, consumer, &params](int stage, uint64_t, int pending) {
+    return fine_backward_kv_step(state, shared, consumer, params.scale_log2, stage, pending);
+  };
+  walk_ring(shared.ring, consumer, step, [&state] { state.template finish<0>(); });
   if (consumer >= task.cubes) return;
 
   int cube = task.cube(params.kv_grid, consumer);

@@ -19,10 +19,10 @@ struct FineBackwardQMaps {
 
 template <int kHeadDim, class T>
 struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
-  // Less traffic from shared memory, which bounds 64-wide products. Not at head_dim 64: there ptxas 13.0
-  // writes over operands that the next tile needs (wrong on an H200, right in the PTX;
-  // tests/test_machine_code.py).
-  static constexpr bool kRowsInRegisters = kHeadDim == 128;
+  // Less traffic from shared memory, which bounds 64-wide products. Not dO too: with its registers ptxas
+  // would wait for each product. Not at head_dim 64: there ptxas 13.0 writes over operands that the next tile
+  // needs (wrong on an H200, right in the PTX; tests/test_machine_code.py).
+  static constexpr bool kQueryInRegisters = kHeadDim == 128;
   static_assert(sizeof(typename FineBackwardQ::Shared) == fine_backward_q_shared_bytes(kHeadDim));
 };
 
@@ -50,27 +50,34 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
 // A consumer's registers through the loop.
 template <class Kernel>
 struct FineBackwardQState {
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> query, grad_out;  // with kRowsInRegisters
+  HalfTile<typename Kernel::T, Kernel::kHeadDim> query;  // with kQueryInRegisters
   FloatTile<Kernel::kHeadDim> grad_query;
+  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;  // of the pending stage
   RowVector lse_log2, delta;
+
+  // Until at most kPending products later than that of the pending stage are unfinished.
+  template <int kPending>
+  VSA_DEVICE void finish() {
+    mma_wait<kPending>(grad_query, grad_scores);
+  }
 };
 
 template <class Kernel>
-VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Shared& shared,
-                                     int consumer, float scale_log2, int stage, uint64_t valid) {
+VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Shared& shared,
+                                    int consumer, float scale_log2, int stage, uint64_t valid, int pending) {
   auto& ring = shared.ring;
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
-  if constexpr (Kernel::kRowsInRegisters) {
+  if constexpr (Kernel::kQueryInRegisters) {
     mma_ABt(scores, state.query, ring.first[stage], false);
-    mma_commit();
-    mma_ABt(grads, state.grad_out, ring.second[stage], false);
   } else {
     mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
-    mma_commit();
-    mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
   }
   mma_commit();
+  mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
+  mma_commit();
+  state.template finish<2>();
+  if (pending != kNone) ring.release(pending);
   mma_wait<1>(scores);
 #pragma unroll
   for (int i = 0; i < scores.kRegisters; i++) {
@@ -83,12 +90,11 @@ VSA_DEVICE void fine_backward_q_step(FineBackwardQState<Kernel>& state, typename
     grads.data[i] = scores.data[i] * (grads.data[i] - state.delta.data[(i / 2) % 2]);
   }
   if (valid != ~uint64_t(0)) fill_masked(grads, valid, 0.0f);
-  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;
-  convert(grad_scores, grads);
+  convert(state.grad_scores, grads);
   mma_fence();
-  mma_AB(state.grad_query, grad_scores, ring.first[stage], true);
+  mma_AB(state.grad_query, state.grad_scores, ring.first[stage], true);
   mma_commit();
-  mma_wait<0>(state.grad_query, grad_scores);
+  return stage;
 }
 
 template <class Kernel>
@@ -106,15 +112,15 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
       state.lse_log2.data[half] = kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
       state.delta.data[half] = __ldg(params.delta + row * kCubeTokens + tile_row(half));
     }
-    shared.ring.full[0].wait(0);
-    if constexpr (Kernel::kRowsInRegisters) {
+    if constexpr (Kernel::kQueryInRegisters) {
+      shared.ring.full[0].wait(0);
       load(state.query, shared.first[consumer]);
-      load(state.grad_out, shared.second[consumer]);
     }
   }
-  walk_ring(shared.ring, consumer, [&state, &shared, consumer, &params](int stage, uint64_t valid) {
-    fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, valid);
-  });
+  auto step = [&state, &shared, consumer, &params](int stage, uint64_t valid, int pending) {
+    return fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, valid, pending);
+  };
+  walk_ring(shared.ring, consumer, step, [&state] { state.template finish<0>(); });
   if (!exists) return;
 
   CubeAddress address = task.address(params.q_grid, cube);

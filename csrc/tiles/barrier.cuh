@@ -27,6 +27,11 @@ struct Barrier {
     ptx::mbarrier_expect_tx(ptx::sem_relaxed, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
 
+  // Whether that phase has ended, without waiting for it.
+  VSA_DEVICE bool test(uint32_t parity) {
+    return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
+  }
+
   VSA_DEVICE void wait(uint32_t parity) {
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity)) {
     }
