@@ -16,14 +16,15 @@ namespace vsa {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <int kHeadDim_, class T_, class Info>
+template <int kHeadDim_, class T_, int kConsumers_, class Info>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kBackwardConsumers;
+  static constexpr int kConsumers = kConsumers_;
   static constexpr int kStages = fine_backward_stages(kHeadDim);
-  static constexpr int kProducerRegisters = 40;  // enough to keep its lists and coordinates
-  static constexpr int kConsumerRegisters = 232;
+  // The producer's are enough to keep its lists and coordinates.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 80;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 144;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
@@ -34,16 +35,17 @@ struct FineBackward {
 };
 
 // What a CTA works on: the cubes at `cubes` positions from `first` on, of one head, in the order along time.
+template <int kConsumers>
 struct FineBackwardTask {
   int batch, head, first, cubes;
 
   VSA_DEVICE FineBackwardTask(const CubeGrid& grid, int heads) {
-    int groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
+    int groups = ceil_div(grid.num_cubes(), kConsumers);
     int row = blockIdx.x / groups;
     batch = row / heads;
     head = row % heads;
-    first = (blockIdx.x - row * groups) * kBackwardConsumers;
-    cubes = min(kBackwardConsumers, grid.num_cubes() - first);
+    first = (blockIdx.x - row * groups) * kConsumers;
+    cubes = min(kConsumers, grid.num_cubes() - first);
   }
 
   VSA_DEVICE int cube(const CubeGrid& grid, int consumer) const {

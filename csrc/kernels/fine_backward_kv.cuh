@@ -25,7 +25,7 @@ struct alignas(16) QueryStageInfo : StageInfo {
 static_assert(sizeof(QueryStageInfo) == kStageInfoBytes + kBackwardRowBytes);
 
 template <int kHeadDim, class T>
-struct FineBackwardKv : FineBackward<kHeadDim, T, QueryStageInfo> {
+struct FineBackwardKv : FineBackward<kHeadDim, T, kBackwardKvConsumers, QueryStageInfo> {
   // Into the next step: dV and dK of a stage run beside S of the next. At head_dim 128 the registers do not
   // do for that.
   static constexpr bool kStaysPending = kHeadDim == 64;
@@ -34,7 +34,8 @@ struct FineBackwardKv : FineBackward<kHeadDim, T, QueryStageInfo> {
 
 template <class Kernel>
 VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const FineBackwardKvMaps& maps,
-                                         const FineBackwardParams& params, const FineBackwardTask& task) {
+                                         const FineBackwardParams& params,
+                                         const FineBackwardTask<Kernel::kConsumers>& task) {
   int64_t row = int64_t(task.batch) * params.heads + task.head;
   const int32_t* offsets =
       params.q_offsets ? params.q_offsets + row * (params.kv_grid.num_cubes() + 1) : nullptr;
@@ -148,8 +149,8 @@ VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typenam
 
 template <class Kernel>
 VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const FineBackwardKvMaps& maps,
-                                         const FineBackwardParams& params, const FineBackwardTask& task,
-                                         int consumer) {
+                                         const FineBackwardParams& params,
+                                         const FineBackwardTask<Kernel::kConsumers>& task, int consumer) {
   FineBackwardKvState<Kernel> state;
   zero(state.grad_key);
   zero(state.grad_value);
@@ -191,7 +192,7 @@ VSA_DEVICE void fine_backward_kv(const FineBackwardKvMaps& maps, const FineBackw
   }
   __syncthreads();
 
-  FineBackwardTask task(params.kv_grid, params.heads);
+  FineBackwardTask<Kernel::kConsumers> task(params.kv_grid, params.heads);
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();

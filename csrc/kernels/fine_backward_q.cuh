@@ -1,6 +1,6 @@
 // Fine stage, backward, query side: dQ, written once.
 //
-// A CTA takes two query cubes, one consumer warpgroup each, which keeps Q and dO in registers. The producer
+// A CTA takes two or three query cubes, one consumer warpgroup each, which keeps Q and dO. The producer
 // walks their merged lists and loads each K and V cube once. Per member tile:
 //
 //   tensor cores   | S       | dP       |              | dQ += dS K |
@@ -18,7 +18,7 @@ struct FineBackwardQMaps {
 };
 
 template <int kHeadDim, class T>
-struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
+struct FineBackwardQ : FineBackward<kHeadDim, T, fine_backward_q_consumers(kHeadDim), StageInfo> {
   // Less traffic from shared memory, which bounds 64-wide products. Not dO too: with its registers ptxas
   // would wait for each product. Not at head_dim 64: there ptxas 13.0 writes over operands that the next tile
   // needs (wrong on an H200, right in the PTX; tests/test_machine_code.py).
@@ -28,7 +28,8 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, StageInfo> {
 
 template <class Kernel>
 VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
-                                        const FineBackwardParams& params, const FineBackwardTask& task) {
+                                        const FineBackwardParams& params,
+                                        const FineBackwardTask<Kernel::kConsumers>& task) {
   MergedList<Kernel::kConsumers> lists(params.kv_grid, params.block_sizes);
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
@@ -99,8 +100,8 @@ VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename 
 
 template <class Kernel>
 VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
-                                        const FineBackwardParams& params, const FineBackwardTask& task,
-                                        int consumer) {
+                                        const FineBackwardParams& params,
+                                        const FineBackwardTask<Kernel::kConsumers>& task, int consumer) {
   bool exists = consumer < task.cubes;
   int cube = exists ? task.cube(params.q_grid, consumer) : 0;
   int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.q_grid.num_cubes() + cube;
@@ -148,7 +149,7 @@ VSA_DEVICE void fine_backward_q(const FineBackwardQMaps& maps, const FineBackwar
   }
   __syncthreads();
 
-  FineBackwardTask task(params.q_grid, params.heads);
+  FineBackwardTask<Kernel::kConsumers> task(params.q_grid, params.heads);
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
