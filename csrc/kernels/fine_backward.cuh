@@ -23,8 +23,8 @@ struct FineBackward {
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kStages = fine_backward_stages(kHeadDim);
   // The producer's are enough to keep its lists and coordinates.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 80;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 144;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 80;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 144;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
@@ -101,9 +101,11 @@ VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
 
 // Keeps what stands above from mixing with what stands below: ptxas spreads matrix products among arithmetic
-// that is meant to run beside them, but moves nothing over a branch. Never taken.
+// that is meant to run beside them, but moves nothing over a branch. Never taken. kPlace, from 1 on: another
+// for each in a function, or the compiler sees that only the first can be.
+template <int kPlace>
 VSA_DEVICE void keep_apart(int stage) {
-  if (stage < 0) __trap();
+  if (stage == -kPlace) __trap();
 }
 
 // Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though

@@ -3,12 +3,13 @@
 // A CTA takes two key cubes, one consumer warpgroup each, which keeps K and V. The producer walks the merged
 // lists of the query cubes that chose them and loads each one's Q and dO once, with its LSE and delta. Rows
 // are keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers. Per member
-// tile:
+// tile i:
 //
-//   tensor cores   | S       | dP       |         | dV += P^T dO | dK += dS^T Q |
-//   consumer                 | P ---------------- | dS --------- | wait         | release the stage
+//   tensor cores   | S(i)     | dP(i) - delta |          | dV += P(i)^T dO | dK += dS(i)^T Q | S(i+1)
+//   consumer       | release i-1 | P(i) ------------ | dS(i) --------- | go round the ring
 //
-// The other consumer's products fill the gaps.
+// The other consumer's products fill the gaps. At head_dim 128 a step waits for dK and releases its own
+// stage.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
@@ -106,16 +107,22 @@ VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typenam
   ColumnVector lse, delta;
   // Asked for well before they are needed: they queue up behind the operands of whatever products run.
   load(lse, info.lse);
+  load(delta, info.delta);
   mma_fence();
   mma_ABt(scores, shared.first[consumer], queries, false);
   mma_commit();
-  mma_ABt(grads, shared.second[consumer], grad_outs, false);
+  keep_apart<1>(stage);
+#pragma unroll
+  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] = -delta.of(i);
+  pin(grads);
+  mma_fence();
+  mma_ABt(grads, shared.second[consumer], grad_outs, true);
   mma_commit();
   if constexpr (Kernel::kStaysPending) {
     state.template finish<2>();
     if (pending != kNone) shared.ring.release(pending);
   }
-  keep_apart(stage);
+  keep_apart<2>(stage);
 #pragma unroll
   for (float& x : lse.data) x *= -kLog2E;
   settle(lse, scale_log2);
@@ -125,18 +132,15 @@ VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typenam
     scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, lse.of(i)));
   }
   convert(state.probabilities, scores);
-  load(delta, info.delta);
   settle(state.probabilities, scale_log2);
   mma_wait<0>(grads);
 
   mma_fence();
   mma_AB(state.grad_value, state.probabilities, grad_outs, true);
   mma_commit();
-  keep_apart(stage);
+  keep_apart<3>(stage);
 #pragma unroll
-  for (int i = 0; i < grads.kRegisters; i++) {
-    grads.data[i] = scores.data[i] * (grads.data[i] - delta.of(i));
-  }
+  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
   convert(state.grad_scores, grads);
   mma_fence();
   mma_AB(state.grad_key, state.grad_scores, queries, true);

@@ -1,12 +1,12 @@
 // Fine stage, backward, query side: dQ, written once.
 //
-// A CTA takes two or three query cubes, one consumer warpgroup each, which keeps Q and dO. The producer
-// walks their merged lists and loads each K and V cube once. Per member tile:
+// A CTA takes two or three query cubes, one consumer warpgroup each, which keeps Q and dO. The producer walks
+// their merged lists and loads each K and V cube once. Rows are queries. Per member tile i:
 //
-//   tensor cores   | S       | dP       |              | dQ += dS K |
-//   consumer                 | P ---------------- | dS | wait       | release the stage
+//   tensor cores   | S(i)     | dP(i) - delta |          | dQ += dS(i) K | S(i+1)
+//   consumer       | release i-1 | P(i) ------------ | dS(i) | go round the ring
 //
-// The other consumer's products fill the gaps.
+// The other consumers' products fill the gaps.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
@@ -54,7 +54,7 @@ struct FineBackwardQState {
   HalfTile<typename Kernel::T, Kernel::kHeadDim> query;  // with kQueryInRegisters
   FloatTile<Kernel::kHeadDim> grad_query;
   HalfTile<typename Kernel::T, kCubeTokens> grad_scores;  // of the pending stage
-  RowVector lse_log2, delta;
+  RowVector lse_log2, minus_delta;
 
   // Until at most kPending products later than that of the pending stage are unfinished.
   template <int kPending>
@@ -75,7 +75,12 @@ VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename 
     mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
   }
   mma_commit();
-  mma_ABt(grads, shared.second[consumer], ring.second[stage], false);
+  keep_apart<1>(stage);
+#pragma unroll
+  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] = state.minus_delta.data[(i / 2) % 2];
+  pin(grads);
+  mma_fence();
+  mma_ABt(grads, shared.second[consumer], ring.second[stage], true);
   mma_commit();
   state.template finish<2>();
   if (pending != kNone) ring.release(pending);
@@ -87,9 +92,7 @@ VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename 
   settle(scores, scale_log2);
   mma_wait<0>(grads);
 #pragma unroll
-  for (int i = 0; i < grads.kRegisters; i++) {
-    grads.data[i] = scores.data[i] * (grads.data[i] - state.delta.data[(i / 2) % 2]);
-  }
+  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
   if (valid != ~uint64_t(0)) fill_masked(grads, valid, 0.0f);
   convert(state.grad_scores, grads);
   mma_fence();
@@ -111,7 +114,7 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       state.lse_log2.data[half] = kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
-      state.delta.data[half] = __ldg(params.delta + row * kCubeTokens + tile_row(half));
+      state.minus_delta.data[half] = -__ldg(params.delta + row * kCubeTokens + tile_row(half));
     }
     if constexpr (Kernel::kQueryInRegisters) {
       shared.ring.full[0].wait(0);
