@@ -9,7 +9,7 @@
 #pragma once
 
 #include "kernels/fine_backward_params.h"
-#include "kernels/shared_ring.cuh"
+#include "kernels/member_ring.cuh"
 #include "tiles/wgmma.cuh"
 
 namespace vsa {
@@ -27,7 +27,7 @@ struct FineBackward {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 144;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
-  using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
+  using Ring = MemberRing<Tile, kStages, kConsumers, Info>;
   struct Shared {
     Tile first[kConsumers], second[kConsumers];  // of each consumer's cube; later the gradients
     Ring ring;
@@ -56,42 +56,41 @@ struct FineBackwardTask {
   }
 };
 
-// One thread of the producer, before it fills the ring: the tiles that a consumer keeps. They count into the
-// first phase of the ring's first stage, so that whoever has waited for that stage has them too.
+// One thread of the producer: the tiles that a consumer keeps.
 template <class Shared>
 VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& first_map,
                               const CubeCoordinates& first_at, const CUtensorMap& second_map,
                               const CubeCoordinates& second_at, const CubeAddress& cube) {
-  Barrier& full = shared.ring.full[0];
-  full.expect(2 * sizeof(shared.first[consumer]));
-  load_cube(shared.first[consumer], first_map, first_at, cube, full);
-  load_cube(shared.second[consumer], second_map, second_at, cube, full);
+  Barrier& resident = shared.ring.resident[consumer];
+  resident.arrive_expect(2 * sizeof(shared.first[consumer]));
+  load_cube(shared.first[consumer], first_map, first_at, cube, resident);
+  load_cube(shared.second[consumer], second_map, second_at, cube, resident);
 }
 
 constexpr int kNone = -1;
 
-// A consumer's way round the ring. step(stage, valid, pending) for each stage that it is a member of: its
-// last products may stay in flight and hold the stage, which is pending until the next step has waited for
-// them and released it (kNone: nothing is). A stage that has not landed is time to finish what is pending, so
-// that loads find room in the ring whatever the lists. `finish` waits for the products.
+// A consumer's way round the ring: step(stage, pending) for each stage that it is a member of. Its last
+// products may stay in flight and hold the stage, which is pending until the next step has waited for them
+// and released it (kNone: nothing is). A stage that has not landed is time to finish what is pending, so that
+// loads find room in the ring whatever the lists. `finish` waits for the products.
 template <class Ring, class Step, class Finish>
 VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
-  RingPosition<Ring::kStages> at;
+  RingPosition<Ring::kPlaces> at;
   int pending = kNone;
+  auto wait = [&ring, &finish, &pending](Barrier& barrier, uint32_t phase) {
+    if (__all_sync(0xffffffffu, barrier.test(phase))) return;
+    finish();
+    if (pending != kNone) ring.release(pending);
+    pending = kNone;
+    barrier.wait(phase);
+  };
   while (true) {
-    if (!__all_sync(0xffffffffu, ring.full[at.stage].test(at.phase))) {
-      finish();
-      if (pending != kNone) ring.release(pending);
-      pending = kNone;
-      ring.full[at.stage].wait(at.phase);
-    }
-    StageInfo info = ring.info[at.stage];
-    if (info.members == 0) break;
-    if (info.members >> consumer & 1) {
-      pending = step(at.stage, info.valid, pending);
-    } else {
-      ring.release(at.stage);
-    }
+    wait(ring.listed[consumer][at.stage], at.phase);
+    const auto& entry = ring.queue[consumer][at.stage];
+    int stage = __shfl_sync(0xffffffffu, entry.stage, 0);  // one address for the whole warp
+    if (stage == Ring::kEnd) break;
+    wait(ring.full[stage], entry.phase);
+    pending = step(stage, pending);
     at.advance();
   }
   finish();
@@ -105,7 +104,7 @@ VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
 // for each in a function, or the compiler sees that only the first can be.
 template <int kPlace>
 VSA_DEVICE void keep_apart(int stage) {
-  if (stage == -kPlace) __trap();
+  if (stage == -2 - kPlace) __trap();
 }
 
 // Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though

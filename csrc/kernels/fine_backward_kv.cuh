@@ -20,13 +20,13 @@ struct FineBackwardKvMaps {
   CUtensorMap query, key, value, grad_out, grad_key, grad_value;
 };
 
-struct alignas(16) QueryStageInfo : StageInfo {
+struct alignas(16) QueryInfo : TileInfo {
   float lse[kCubeTokens], delta[kCubeTokens];  // alike +inf and 0 in slots without a token
 };
-static_assert(sizeof(QueryStageInfo) == kStageInfoBytes + kBackwardRowBytes);
+static_assert(sizeof(QueryInfo) == kTileInfoBytes + kBackwardRowBytes);
 
 template <int kHeadDim, class T>
-struct FineBackwardKv : FineBackward<kHeadDim, T, kBackwardKvConsumers, QueryStageInfo> {
+struct FineBackwardKv : FineBackward<kHeadDim, T, kBackwardKvConsumers, QueryInfo> {
   // Into the next step: dV and dK of a stage run beside S of the next. At head_dim 128 the registers do not
   // do for that.
   static constexpr bool kStaysPending = kHeadDim == 64;
@@ -55,16 +55,15 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
     }
     __syncwarp();
   }
-  RingSource source{maps.query, maps.grad_out, params.query, params.grad_out, task.batch, task.head};
+  TileSource source{maps.query, maps.grad_out, params.query, params.grad_out, task.batch, task.head};
   int64_t first_row = row * params.q_grid.num_cubes();
   auto load_rows = [&shared, &params, first_row](int stage, int block, Barrier& full) {
-    QueryStageInfo& info = shared.ring.info[stage];
+    QueryInfo& info = shared.ring.info[stage];
     int64_t first = (first_row + block) * kCubeTokens;
     load_async(info.lse, params.lse + first, sizeof(info.lse), full);
     load_async(info.delta, params.delta + first, sizeof(info.delta), full);
   };
-  RingProducer<typename Kernel::Ring> producer;
-  produce(shared.ring, producer, lists, source, kBackwardRowBytes, load_rows);
+  fill_ring(shared.ring, lists, source, kBackwardRowBytes, load_rows);
 }
 
 // A consumer's registers through the loop. K and V stay in shared memory: see FineBackwardQ.
@@ -102,7 +101,7 @@ VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typenam
                                      int consumer, float scale_log2, int stage, int pending) {
   auto& queries = shared.ring.first[stage];
   auto& grad_outs = shared.ring.second[stage];
-  const QueryStageInfo& info = shared.ring.info[stage];
+  const QueryInfo& info = shared.ring.info[stage];
   FloatTile<kCubeTokens> scores, grads;
   ColumnVector lse, delta;
   // Asked for well before they are needed: they queue up behind the operands of whatever products run.
@@ -158,7 +157,8 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   FineBackwardKvState<Kernel> state;
   zero(state.grad_key);
   zero(state.grad_value);
-  auto step = [&state, &shared, consumer, &params](int stage, uint64_t, int pending) {
+  if (consumer < task.cubes) shared.ring.resident[consumer].wait(0);
+  auto step = [&state, &shared, consumer, &params](int stage, int pending) {
     return fine_backward_kv_step(state, shared, consumer, params.scale_log2, stage, pending);
   };
   walk_ring(shared.ring, consumer, step, [&state] { state.template finish<0>(); });

@@ -2,7 +2,7 @@
 
 #include "kernels/block_list.h"
 #include "kernels/cube_grid.h"
-#include "kernels/shared_ring.h"
+#include "kernels/member_ring.h"
 
 namespace vsa {
 
@@ -34,13 +34,14 @@ constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 
 
 constexpr int fine_backward_shared_bytes(int head_dim, int consumers, int info_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return 2 * consumers * tile + shared_ring_bytes(tile, fine_backward_stages(head_dim), info_bytes);
+  return 2 * consumers * tile +
+         member_ring_bytes(tile, fine_backward_stages(head_dim), consumers, info_bytes);
 }
 constexpr int fine_backward_kv_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, kBackwardKvConsumers, kStageInfoBytes + kBackwardRowBytes);
+  return fine_backward_shared_bytes(head_dim, kBackwardKvConsumers, kTileInfoBytes + kBackwardRowBytes);
 }
 constexpr int fine_backward_q_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, fine_backward_q_consumers(head_dim), kStageInfoBytes);
+  return fine_backward_shared_bytes(head_dim, fine_backward_q_consumers(head_dim), kTileInfoBytes);
 }
 
 }  // namespace vsa

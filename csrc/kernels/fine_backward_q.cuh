@@ -18,7 +18,7 @@ struct FineBackwardQMaps {
 };
 
 template <int kHeadDim, class T>
-struct FineBackwardQ : FineBackward<kHeadDim, T, fine_backward_q_consumers(kHeadDim), StageInfo> {
+struct FineBackwardQ : FineBackward<kHeadDim, T, fine_backward_q_consumers(kHeadDim), TileInfo> {
   // Less traffic from shared memory, which bounds 64-wide products. Not dO too: with its registers ptxas
   // would wait for each product. Not at head_dim 64: there ptxas 13.0 writes over operands that the next tile
   // needs (wrong on an H200, right in the PTX; tests/test_machine_code.py).
@@ -43,9 +43,8 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
     }
     __syncwarp();
   }
-  RingSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
-  RingProducer<typename Kernel::Ring> producer;
-  produce(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
+  TileSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
+  fill_ring(shared.ring, lists, source, 0, [](int, int, Barrier&) {});
 }
 
 // A consumer's registers through the loop.
@@ -65,8 +64,9 @@ struct FineBackwardQState {
 
 template <class Kernel>
 VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Shared& shared,
-                                    int consumer, float scale_log2, int stage, uint64_t valid, int pending) {
+                                    int consumer, float scale_log2, int stage, int pending) {
   auto& ring = shared.ring;
+  uint64_t valid = ring.info[stage].valid;
   FloatTile<kCubeTokens> scores, grads;
   mma_fence();
   if constexpr (Kernel::kQueryInRegisters) {
@@ -116,13 +116,11 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
       state.lse_log2.data[half] = kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
       state.minus_delta.data[half] = -__ldg(params.delta + row * kCubeTokens + tile_row(half));
     }
-    if constexpr (Kernel::kQueryInRegisters) {
-      shared.ring.full[0].wait(0);
-      load(state.query, shared.first[consumer]);
-    }
+    shared.ring.resident[consumer].wait(0);
+    if constexpr (Kernel::kQueryInRegisters) load(state.query, shared.first[consumer]);
   }
-  auto step = [&state, &shared, consumer, &params](int stage, uint64_t valid, int pending) {
-    return fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, valid, pending);
+  auto step = [&state, &shared, consumer, &params](int stage, int pending) {
+    return fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, pending);
   };
   walk_ring(shared.ring, consumer, step, [&state] { state.template finish<0>(); });
   if (!exists) return;

@@ -18,6 +18,10 @@ struct Barrier {
     ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state);
   }
 
+  VSA_DEVICE void arrive(uint32_t count) {
+    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, count);
+  }
+
   VSA_DEVICE void arrive_expect(uint32_t bytes) {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
