@@ -1,10 +1,10 @@
-// A ring of tile pairs that one producer warp fills in the order of a merged list. Each consumer warpgroup is
-// told which stages it is a member of, by a queue of its own, and has nothing to do with the others: a
-// consumer that is busy holds only what it needs itself.
+// A ring of tile pairs that two producer warps, one a tile, fill in the order of a merged list. Each consumer
+// warpgroup is told which stages it is a member of, by a queue of its own, and has nothing to do with the
+// others: a consumer that is busy holds only what it needs itself.
 //
 // Barriers. full, of a stage: the producer's arrival and the bytes of all its loads. empty, of a stage: an
 // arrival by each warp of each consumer; the producer arrives for those that are no members. listed, of a
-// place in a queue: the producer's arrival. resident: the same for the tiles that a consumer keeps.
+// place in a queue: the first producer's arrival. resident: the same for the tiles that a consumer keeps.
 //
 // A queue has kStages + 1 places, which is enough without a barrier for empty places: an entry is written
 // once its stage is empty, then the entry kStages places back has been read; the last has no stage, hence the
@@ -30,6 +30,7 @@ struct MemberRing {
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kPlaces = kStages + 1;
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;  // of a consumer
+  static constexpr int kProducers = 2;
   static constexpr int kEnd = -1;
 
   struct alignas(8) Entry {
@@ -47,14 +48,14 @@ struct MemberRing {
   // One thread, before fence_barrier_init and __syncthreads.
   VSA_DEVICE void init() {
     for (int i = 0; i < kStages; i++) {
-      full[i].init(1);
+      full[i].init(kProducers);
       empty[i].init(kConsumers * kWarps);
     }
     for (int i = 0; i < kConsumers; i++) {
       for (Barrier& barrier : listed[i]) barrier.init(1);
       resident[i].init(1);
     }
-    landed.init(1);
+    landed.init(kProducers);
   }
 
   // One warp of a member has finished with a stage. What its wgmma read is read: the caller waited for that.
@@ -79,11 +80,13 @@ struct TileSource {
   int batch, head;
 };
 
-// The whole producer warp: all tiles of the lists, then the ends of the queues. `extra(stage, block, full)`
-// runs in one thread after the tiles' loads are issued and may add loads; their bytes are `extra_bytes`.
+// A whole producer warp, number `producer`: all first or all second tiles of the lists; the first producer
+// also writes the queues. One warp for both takes longer for a stage than the consumers of head_dim 64.
+// `extra(stage, block, full)` runs in one thread of the second producer and may add loads; their bytes are
+// `extra_bytes`.
 template <class Ring, class Extra>
-VSA_DEVICE void fill_ring(Ring& ring, MergedList<Ring::kConsumers>& lists, const TileSource& source,
-                          int extra_bytes, Extra extra) {
+VSA_DEVICE void fill_ring(Ring& ring, int producer, MergedList<Ring::kConsumers>& lists,
+                          const TileSource& source, int extra_bytes, Extra extra) {
   RingPosition<Ring::kStages> at;
   RingPosition<Ring::kPlaces> place[Ring::kConsumers];
   uint32_t landed_phase = 0;
@@ -95,28 +98,34 @@ VSA_DEVICE void fill_ring(Ring& ring, MergedList<Ring::kConsumers>& lists, const
     Barrier& arrives = clear ? ring.landed : ring.full[at.stage];
 
     ring.empty[at.stage].wait(at.phase ^ 1);
-    if (elect_one()) {
-      static_cast<TileInfo&>(ring.info[at.stage]) = TileInfo{entry.valid};
-      arrives.arrive_expect(2 * sizeof(ring.first[0]) + extra_bytes);
-      load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
-      load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
-      extra(at.stage, entry.block, arrives);
-      if (others > 0) ring.empty[at.stage].arrive(others * Ring::kWarps);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < Ring::kConsumers; i++) {
-      if (!(members >> i & 1)) continue;
-      if (elect_one()) ring.enlist(i, place[i].stage, {at.stage, at.phase});
+    if (producer == 0) {
+      if (elect_one()) {
+        static_cast<TileInfo&>(ring.info[at.stage]) = TileInfo{entry.valid};
+        arrives.arrive_expect(sizeof(ring.first[0]));
+        load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
+        if (others > 0) ring.empty[at.stage].arrive(others * Ring::kWarps);
+      }
       __syncwarp();
-      place[i].advance();
+#pragma unroll
+      for (int i = 0; i < Ring::kConsumers; i++) {
+        if (!(members >> i & 1)) continue;
+        if (elect_one()) ring.enlist(i, place[i].stage, {at.stage, at.phase});
+        __syncwarp();
+        place[i].advance();
+      }
+    } else {
+      if (elect_one()) {
+        arrives.arrive_expect(sizeof(ring.second[0]) + extra_bytes);
+        load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
+        extra(at.stage, entry.block, arrives);
+      }
+      __syncwarp();
     }
     if (clear) {
       // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
       ring.landed.wait(landed_phase);
       landed_phase ^= 1;
-      zero_rows(ring.first[at.stage], entry.prefix);
-      zero_rows(ring.second[at.stage], entry.prefix);
+      zero_rows(producer == 0 ? ring.first[at.stage] : ring.second[at.stage], entry.prefix);
       fence_async_shared();  // wgmma reads the zeros through the async proxy
       __syncwarp();
       if (elect_one()) ring.full[at.stage].arrive();
@@ -124,6 +133,7 @@ VSA_DEVICE void fill_ring(Ring& ring, MergedList<Ring::kConsumers>& lists, const
     }
     at.advance();
   }
+  if (producer > 0) return;
 #pragma unroll
   for (int i = 0; i < Ring::kConsumers; i++) {
     if (elect_one()) ring.enlist(i, place[i].stage, {Ring::kEnd, 0});
