@@ -5,8 +5,8 @@
 // are keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers. Per member
 // tile i:
 //
-//   tensor cores   | S(i)     | dP(i) - delta |          | dV += P(i)^T dO | dK += dS(i)^T Q | S(i+1)
-//   consumer       | release i-1 | P(i) ------------ | dS(i) --------- | go round the ring
+//   tensor cores   | S(i)     | dP(i) - delta |      | dV += P(i)^T dO | dK += dS(i)^T Q | S(i+1)
+//   consumer       | release i-1 | P(i) -------- | dS(i) ----------- | go round the ring
 //
 // The other consumer's products fill the gaps. At head_dim 128 a step waits for dK and releases its own
 // stage.
@@ -131,13 +131,10 @@ VSA_DEVICE int fine_backward_kv_step(FineBackwardKvState<Kernel>& state, typenam
     scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, lse.of(i)));
   }
   convert(state.probabilities, scores);
-  settle(state.probabilities, scale_log2);
-  mma_wait<0>(grads);
-
   mma_fence();
   mma_AB(state.grad_value, state.probabilities, grad_outs, true);
   mma_commit();
-  keep_apart<3>(stage);
+  mma_wait<1>(grads);
 #pragma unroll
   for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
   convert(state.grad_scores, grads);
