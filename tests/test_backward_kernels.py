@@ -384,9 +384,9 @@ def test_fine_backward_plans(head_dim):
     kv, q = backward_plans(head_dim=head_dim)
     assert kv.kernel == f"fine_backward_kv_d{head_dim}_bf16" and len(kv.maps) == 6
     assert q.kernel == f"fine_backward_q_d{head_dim}_bf16" and len(q.maps) == 5
-    for plan in (kv, q):
-        assert plan.grid == (6 * 6, 1, 1)  # 12 cubes in pairs, 3 heads, batch 2
-        assert plan.block == (384, 1, 1)
+    for plan, consumers in ((kv, 2), (q, 2 if head_dim == 128 else 3)):
+        assert plan.grid == (12 // consumers * 6, 1, 1)  # 12 cubes in groups, 3 heads, batch 2
+        assert plan.block == (128 * (consumers + 1), 1, 1)
         assert plan.shared_bytes <= SHARED_BYTES_OF_AN_SM
 
 

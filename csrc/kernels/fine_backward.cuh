@@ -9,24 +9,25 @@
 #pragma once
 
 #include "kernels/fine_backward_params.h"
-#include "kernels/shared_ring.cuh"
+#include "kernels/member_ring.cuh"
 #include "tiles/wgmma.cuh"
 
 namespace vsa {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <int kHeadDim_, class T_, class Info>
+template <int kHeadDim_, class T_, int kConsumers_, class Info>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kBackwardConsumers;
+  static constexpr int kConsumers = kConsumers_;
   static constexpr int kStages = fine_backward_stages(kHeadDim);
-  static constexpr int kProducerRegisters = 56;  // enough to keep its lists and coordinates
-  static constexpr int kConsumerRegisters = 224;
+  // The producer's are enough to keep its lists and coordinates.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 80;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 144;
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
-  using Ring = SharedRing<Tile, kStages, kConsumers, Info>;
+  using Ring = MemberRing<Tile, kStages, kConsumers, Info>;
   struct Shared {
     Tile first[kConsumers], second[kConsumers];  // of each consumer's cube; later the gradients
     Ring ring;
@@ -34,16 +35,17 @@ struct FineBackward {
 };
 
 // What a CTA works on: the cubes at `cubes` positions from `first` on, of one head, in the order along time.
+template <int kConsumers>
 struct FineBackwardTask {
   int batch, head, first, cubes;
 
   VSA_DEVICE FineBackwardTask(const CubeGrid& grid, int heads) {
-    int groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
+    int groups = ceil_div(grid.num_cubes(), kConsumers);
     int row = blockIdx.x / groups;
     batch = row / heads;
     head = row % heads;
-    first = (blockIdx.x - row * groups) * kBackwardConsumers;
-    cubes = min(kBackwardConsumers, grid.num_cubes() - first);
+    first = (blockIdx.x - row * groups) * kConsumers;
+    cubes = min(kConsumers, grid.num_cubes() - first);
   }
 
   VSA_DEVICE int cube(const CubeGrid& grid, int consumer) const {
@@ -54,36 +56,56 @@ struct FineBackwardTask {
   }
 };
 
-// One thread of the producer, before it fills the ring: the tiles that a consumer keeps. They count into the
-// first phase of the ring's first stage, so that whoever has waited for that stage has them too.
+// One thread of the producer: the tiles that a consumer keeps.
 template <class Shared>
 VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& first_map,
                               const CubeCoordinates& first_at, const CUtensorMap& second_map,
                               const CubeCoordinates& second_at, const CubeAddress& cube) {
-  Barrier& full = shared.ring.full[0];
-  full.expect(2 * sizeof(shared.first[consumer]));
-  load_cube(shared.first[consumer], first_map, first_at, cube, full);
-  load_cube(shared.second[consumer], second_map, second_at, cube, full);
+  Barrier& resident = shared.ring.resident[consumer];
+  resident.arrive_expect(2 * sizeof(shared.first[consumer]));
+  load_cube(shared.first[consumer], first_map, first_at, cube, resident);
+  load_cube(shared.second[consumer], second_map, second_at, cube, resident);
 }
 
-// A consumer's way round the ring: step(stage, valid) for each stage that it is a member of. It holds one
-// stage at a time, so that the others are free for loads under way: on lists that hardly overlap, a stage
-// lasts half as long as a load takes to arrive.
-template <class Ring, class Step>
-VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step) {
-  RingPosition<Ring::kStages> at;
+constexpr int kNone = -1;
+
+// A consumer's way round the ring: step(stage, pending) for each stage that it is a member of. Its last
+// products may stay in flight and hold the stage, which is pending until the next step has waited for them
+// and released it (kNone: nothing is). A stage that has not landed is time to finish what is pending, so that
+// loads find room in the ring whatever the lists. `finish` waits for the products.
+template <class Ring, class Step, class Finish>
+VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
+  RingPosition<Ring::kPlaces> at;
+  int pending = kNone;
+  auto wait = [&ring, &finish, &pending](Barrier& barrier, uint32_t phase) {
+    if (__all_sync(0xffffffffu, barrier.test(phase))) return;
+    finish();
+    if (pending != kNone) ring.release(pending);
+    pending = kNone;
+    barrier.wait(phase);
+  };
   while (true) {
-    ring.full[at.stage].wait(at.phase);
-    StageInfo info = ring.info[at.stage];
-    if (info.members == 0) break;
-    if (info.members >> consumer & 1) step(at.stage, info.valid);
-    ring.release(at.stage);
+    wait(ring.listed[consumer][at.stage], at.phase);
+    const auto& entry = ring.queue[consumer][at.stage];
+    int stage = __shfl_sync(0xffffffffu, entry.stage, 0);  // one address for the whole warp
+    if (stage == Ring::kEnd) break;
+    wait(ring.full[stage], entry.phase);
+    pending = step(stage, pending);
     at.advance();
   }
+  finish();
 }
 
 VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
+
+// Keeps what stands above from mixing with what stands below: ptxas spreads matrix products among arithmetic
+// that is meant to run beside them, but moves nothing over a branch. Never taken. kPlace, from 1 on: another
+// for each in a function, or the compiler sees that only the first can be.
+template <int kPlace>
+VSA_DEVICE void keep_apart(int stage) {
+  if (stage == -2 - kPlace) __trap();
+}
 
 // Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though
 // the work above is meant to run beside those products; it moves nothing over a branch that depends on all of

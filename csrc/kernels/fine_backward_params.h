@@ -2,7 +2,7 @@
 
 #include "kernels/block_list.h"
 #include "kernels/cube_grid.h"
-#include "kernels/shared_ring.h"
+#include "kernels/member_ring.h"
 
 namespace vsa {
 
@@ -27,21 +27,24 @@ struct FineBackwardParams {
   int32_t heads;
 };
 
-// Two tiles that a consumer keeps, and a ring of pairs. One consumer warpgroup a cube.
-constexpr int kBackwardConsumers = 2;
-constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
+// Two tiles that a consumer keeps, and a ring of pairs. One consumer warpgroup a cube: as many as have
+// registers.
+constexpr int kBackwardKvConsumers = 2;
+constexpr int fine_backward_q_consumers(int head_dim) { return head_dim == 128 ? 2 : 3; }
+constexpr int fine_backward_threads(int consumers) { return (consumers + 1) * 128; }
 constexpr int kBackwardRowBytes = 2 * kCubeTokens * 4;  // LSE and delta of a query block
 constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 11; }
 
-constexpr int fine_backward_shared_bytes(int head_dim, int info_bytes) {
+constexpr int fine_backward_shared_bytes(int head_dim, int consumers, int info_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return 2 * kBackwardConsumers * tile + shared_ring_bytes(tile, fine_backward_stages(head_dim), info_bytes);
+  return 2 * consumers * tile +
+         member_ring_bytes(tile, fine_backward_stages(head_dim), consumers, info_bytes);
 }
 constexpr int fine_backward_kv_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, kStageInfoBytes + kBackwardRowBytes);
+  return fine_backward_shared_bytes(head_dim, kBackwardKvConsumers, kTileInfoBytes + kBackwardRowBytes);
 }
 constexpr int fine_backward_q_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, kStageInfoBytes);
+  return fine_backward_shared_bytes(head_dim, fine_backward_q_consumers(head_dim), kTileInfoBytes);
 }
 
 }  // namespace vsa

@@ -240,7 +240,7 @@ struct ConsumerPosition {
   VSA_DEVICE void advance(Ring& ring, int consumer) {
     keys.advance();
     known = false;
-    if (__all_sync(0xffffffffu, ring.key_barriers.full[keys.stage].passed(keys.phase))) read(ring, consumer);
+    if (__all_sync(0xffffffffu, ring.key_barriers.full[keys.stage].test(keys.phase))) read(ring, consumer);
   }
 
   // Values of others, up to the keys' place.

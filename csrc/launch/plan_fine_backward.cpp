@@ -23,7 +23,6 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
                  "lse, delta: got an address that is not 16-byte aligned; copy the tensor");
 
   plan.kernel = kernel_name(kernel, query.head_dim, query.type);
-  plan.block[0] = kBackwardThreads;
   FineBackwardParams params{};
   params.q_grid = arguments.q_grid;
   params.kv_grid = arguments.kv_grid;
@@ -67,9 +66,11 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
   params.pooled_on_own_grid = pooled == grid;
 }
 
-uint32_t ctas(const FineBackwardArguments& arguments, const CubeGrid& grid, const char* kernel) {
-  int64_t groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
-  return checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel);
+void set_shape(LaunchPlan& plan, const FineBackwardArguments& arguments, const CubeGrid& grid, int consumers,
+               const char* kernel) {
+  int64_t groups = ceil_div(grid.num_cubes(), consumers);
+  plan.grid[0] = checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel);
+  plan.block[0] = fine_backward_threads(consumers);
 }
 
 }  // namespace
@@ -90,7 +91,7 @@ LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);
   params.dv_pooled = pointer<const void>(arguments.dv_pooled);
   plan.set_params(params);
-  plan.grid[0] = ctas(arguments, arguments.kv_grid, "fine_backward_kv");
+  set_shape(plan, arguments, arguments.kv_grid, kBackwardKvConsumers, "fine_backward_kv");
   plan.shared_bytes = fine_backward_kv_shared_bytes(arguments.query.head_dim);
   return plan;
 }
@@ -104,7 +105,8 @@ LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   set_pooled_grid(params, arguments.pooled_q_grid, arguments.q_grid, "pooled_q_grid");
   params.dq_pooled = pointer<const void>(arguments.dq_pooled);
   plan.set_params(params);
-  plan.grid[0] = ctas(arguments, arguments.q_grid, "fine_backward_q");
+  set_shape(plan, arguments, arguments.q_grid, fine_backward_q_consumers(arguments.query.head_dim),
+            "fine_backward_q");
   plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);
   return plan;
 }

@@ -18,6 +18,10 @@ struct Barrier {
     ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state);
   }
 
+  VSA_DEVICE void arrive(uint32_t count) {
+    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, count);
+  }
+
   VSA_DEVICE void arrive_expect(uint32_t bytes) {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
@@ -27,14 +31,14 @@ struct Barrier {
     ptx::mbarrier_expect_tx(ptx::sem_relaxed, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
 
+  // Whether wait(parity) would return at once.
+  VSA_DEVICE bool test(uint32_t parity) {
+    return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
+  }
+
   VSA_DEVICE void wait(uint32_t parity) {
     while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity)) {
     }
-  }
-
-  // Whether wait(parity) would return at once.
-  VSA_DEVICE bool passed(uint32_t parity) {
-    return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
   }
 };
 
