@@ -2,8 +2,8 @@
 // stage of a ring holds: consumers share what several of them chose, and each works on 128 keys at a time.
 #pragma once
 
+#include "kernels/block_window.cuh"
 #include "kernels/pair_ring.h"
-#include "tiles/common.cuh"
 
 namespace vsa {
 
@@ -23,20 +23,15 @@ struct PairPlan {
   int32_t waiting[1 << kLists];
 };
 
-// Walked by a whole warp, 32 entries of each list at a time, one a lane: its members are found by searching
-// the other lists. Every block goes with the lowest list that has it. Pairs of several lists come first, then
-// those of one list alone, in turns, so that no consumer waits long for its next.
+// Walked by a whole warp, which plans 32 entries of each list at a time. Pairs of several lists come first,
+// then those of one list alone, in turns, so that no consumer waits long for its next.
 template <int kLists>
 class BlockPairs {
  public:
   VSA_DEVICE explicit BlockPairs(PairPlan<kLists>& plan) : plan_(plan) {}
 
-  // A list of `count` ascending blocks from `first` on, or blocks 0 to count - 1 where `first` is null. All
-  // lists are started before the first next().
   VSA_DEVICE void start(int list, const int32_t* first, int count) {
-    first_[list] = first;
-    count_[list] = count;
-    position_ = 0;
+    window_.start(list, first, count);
     taken_ = planned_ = 0;
     state_ = State::kInLists;
   }
@@ -72,43 +67,12 @@ class BlockPairs {
   static constexpr bool shared(uint32_t set) { return (set & (set - 1)) != 0; }
   static constexpr int lowest(uint32_t set) { return set & 1 ? 0 : 1 + lowest(set >> 1); }
 
-  VSA_DEVICE bool contains(int list, int block) const {
-    const int32_t* first = first_[list];
-    int count = count_[list];
-    if (!first) return block < count;
-    if (count == 0) return false;
-    int low = 0;
-    for (int size = count; size > 1;) {
-      int half = size / 2;
-      if (__ldg(first + low + half - 1) < block) low += half;
-      size -= half;
-    }
-    return __ldg(first + low) == block || (low + 1 < count && __ldg(first + low + 1) == block);
-  }
-
-  // The set of lists that hold entry position_ + lane of `list`; 0 beyond the list, or where a lower list has
-  // the block.
-  VSA_DEVICE uint32_t set_of(int list, int& block) const {
-    int index = position_ + lane_id();
-    if (index >= count_[list]) return 0;
-    block = first_[list] ? __ldg(first_[list] + index) : index;
-    uint32_t set = 1u << list;
-#pragma unroll
-    for (int i = 0; i < kLists; i++) {
-      if (i == list || !contains(i, block)) continue;
-      if (i < list) return 0;
-      set |= 1u << i;
-    }
-    return set;
-  }
-
   // Plans all pairs of the next 32 entries of each list and of what waits from before.
   VSA_DEVICE void plan_lists() {
     int block[kLists];
     uint32_t set[kLists], lanes[kSets];
     int pairs[kSets], begin[kSets];
-#pragma unroll
-    for (int i = 0; i < kLists; i++) set[i] = set_of(i, block[i]);
+    window_.load(block, set);
     int total = 0;
 #pragma unroll
     for (uint32_t s = 1; s < kSets; s++) {
@@ -140,13 +104,9 @@ class BlockPairs {
       waiting |= uint32_t((__popc(lanes[s]) + waits(s)) % 2) << s;
     }
     waiting_ = waiting;
-    position_ += kWarpThreads;
     planned_ = total;
     taken_ = 0;
-    bool more = false;
-#pragma unroll
-    for (int i = 0; i < kLists; i++) more |= position_ < count_[i];
-    if (!more) state_ = waiting_ ? State::kAtRest : State::kEnd;
+    if (window_.ended()) state_ = waiting_ ? State::kAtRest : State::kEnd;
   }
 
   // When the lists have ended: a block that found no partner goes to each of its lists, which pairs what it
@@ -181,9 +141,7 @@ class BlockPairs {
   }
 
   PairPlan<kLists>& plan_;
-  const int32_t* first_[kLists];
-  int count_[kLists];
-  int position_ = 0;             // of all lists
+  BlockWindow<kLists> window_;
   int taken_ = 0, planned_ = 0;  // stages of the plan
   uint32_t waiting_ = 0;         // bit per set of members
   State state_ = State::kInLists;

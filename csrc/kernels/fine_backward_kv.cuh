@@ -41,7 +41,7 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
   const int32_t* offsets =
       params.q_offsets ? params.q_offsets + row * (params.kv_grid.num_cubes() + 1) : nullptr;
   const int32_t* indices = params.q_indices + row * params.q_indices_per_head;
-  MergedList<Kernel::kConsumers> lists(params.q_grid, params.q_block_sizes);
+  BlockSets<Kernel::kConsumers> lists;
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
     bool exists = i < task.cubes;
@@ -55,7 +55,8 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
     }
     __syncwarp();
   }
-  TileSource source{maps.query, maps.grad_out, params.query, params.grad_out, task.batch, task.head};
+  TileSource source{params.q_grid, params.q_block_sizes, maps.query, maps.grad_out,
+                    params.query,  params.grad_out,      task.batch, task.head};
   int64_t first_row = row * params.q_grid.num_cubes();
   auto load_rows = [&shared, &params, first_row](int stage, int block, Barrier& full) {
     QueryInfo& info = shared.ring.info[stage];

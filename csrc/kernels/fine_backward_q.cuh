@@ -30,7 +30,7 @@ template <class Kernel>
 VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
                                         const FineBackwardParams& params,
                                         const FineBackwardTask<Kernel::kConsumers>& task, int producer) {
-  MergedList<Kernel::kConsumers> lists(params.kv_grid, params.block_sizes);
+  BlockSets<Kernel::kConsumers> lists;
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
     bool exists = i < task.cubes;
@@ -43,7 +43,8 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
     }
     __syncwarp();
   }
-  TileSource source{maps.key, maps.value, params.key, params.value, task.batch, task.head};
+  TileSource source{params.kv_grid, params.block_sizes, maps.key,   maps.value,
+                    params.key,     params.value,       task.batch, task.head};
   fill_ring(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
 }
 

@@ -1,6 +1,6 @@
-// A ring of tile pairs that two producer warps, one a tile, fill in the order of a merged list. Each consumer
-// warpgroup is told which stages it is a member of, by a queue of its own, and has nothing to do with the
-// others: a consumer that is busy holds only what it needs itself.
+// A ring of tile pairs that two producer warps, one a tile, fill in the order of the consumers' lists. Each
+// consumer warpgroup is told which stages it is a member of, by a queue of its own, and has nothing to do
+// with the others: a consumer that is busy holds only what it needs itself.
 //
 // Barriers. full, of a stage: the producer's arrival and the bytes of all its loads. empty, of a stage: an
 // arrival by each warp of each consumer; the producer arrives for those that are no members. listed, of a
@@ -11,9 +11,9 @@
 // + 1.
 #pragma once
 
+#include "kernels/block_sets.cuh"
 #include "kernels/cube_tile.cuh"
 #include "kernels/member_ring.h"
-#include "kernels/merged_list.cuh"
 #include "tiles/register_tile.cuh"
 
 namespace vsa {
@@ -71,8 +71,10 @@ struct MemberRing {
   }
 };
 
-// Where the tiles of a ring come from.
+// Where the tiles of a ring come from. block_sizes [num_cubes] or null: the valid prefix of each block.
 struct TileSource {
+  const CubeGrid& grid;
+  const int32_t* block_sizes;
   const CUtensorMap& first_map;
   const CUtensorMap& second_map;
   const CubeCoordinates& first_at;
@@ -85,22 +87,24 @@ struct TileSource {
 // `extra(stage, block, full)` runs in one thread of the second producer and may add loads; their bytes are
 // `extra_bytes`.
 template <class Ring, class Extra>
-VSA_DEVICE void fill_ring(Ring& ring, int producer, MergedList<Ring::kConsumers>& lists,
+VSA_DEVICE void fill_ring(Ring& ring, int producer, BlockSets<Ring::kConsumers>& lists,
                           const TileSource& source, int extra_bytes, Extra extra) {
   RingPosition<Ring::kStages> at;
   RingPosition<Ring::kPlaces> place[Ring::kConsumers];
   uint32_t landed_phase = 0;
-  ListEntry entry;
-  while (uint32_t members = lists.next(entry)) {
-    CubeAddress cube{source.batch, source.head, entry.origin};
+  int block;
+  while (uint32_t members = lists.next(block)) {
+    CubeAddress cube{source.batch, source.head, source.grid.origin(block)};
+    int prefix = source.block_sizes ? __ldg(source.block_sizes + block) : kCubeTokens;
     int others = Ring::kConsumers - __popc(members);
-    bool clear = entry.prefix < kCubeTokens;
+    bool clear = prefix < kCubeTokens;
     Barrier& arrives = clear ? ring.landed : ring.full[at.stage];
 
     ring.empty[at.stage].wait(at.phase ^ 1);
     if (producer == 0) {
       if (elect_one()) {
-        static_cast<TileInfo&>(ring.info[at.stage]) = TileInfo{entry.valid};
+        static_cast<TileInfo&>(ring.info[at.stage]) =
+            TileInfo{source.grid.valid_slots(cube.origin) & CubeGrid::ones(prefix)};
         arrives.arrive_expect(sizeof(ring.first[0]));
         load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
         if (others > 0) ring.empty[at.stage].arrive(others * Ring::kWarps);
@@ -117,7 +121,7 @@ VSA_DEVICE void fill_ring(Ring& ring, int producer, MergedList<Ring::kConsumers>
       if (elect_one()) {
         arrives.arrive_expect(sizeof(ring.second[0]) + extra_bytes);
         load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
-        extra(at.stage, entry.block, arrives);
+        extra(at.stage, block, arrives);
       }
       __syncwarp();
     }
@@ -125,7 +129,7 @@ VSA_DEVICE void fill_ring(Ring& ring, int producer, MergedList<Ring::kConsumers>
       // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
       ring.landed.wait(landed_phase);
       landed_phase ^= 1;
-      zero_rows(producer == 0 ? ring.first[at.stage] : ring.second[at.stage], entry.prefix);
+      zero_rows(producer == 0 ? ring.first[at.stage] : ring.second[at.stage], prefix);
       fence_async_shared();  // wgmma reads the zeros through the async proxy
       __syncwarp();
       if (elect_one()) ring.full[at.stage].arrive();
