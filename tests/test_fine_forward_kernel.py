@@ -132,6 +132,22 @@ def check_epilogue(case, fine, coarse, seed, coarse_grid=None, with_lists=True):
     assert (out_fine.double() - exact_fine).abs().max() <= bound
 
 
+@pytest.mark.parametrize("jump", [-40, 12, 45, 110, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_climb_from_block_to_block(head_dim, dtype, jump, seed):
+    """By `jump` nats every two blocks: past what fp16 and then bf16 exponentials hold, and past fp32's."""
+    case = Case(
+        (1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 64 * 7), kv_cube=LINEAR, head_dim=head_dim, dtype=dtype,
+        lists="dense", seed=seed,
+    )  # fmt: skip
+    case.query[..., 0] = 16
+    steps = torch.arange(64 * 7) // 128 - (3 if jump > 100 else 0)  # both signs: fp16 ends at 65504
+    case.key[..., 0] = (steps * jump * head_dim**0.5 / 16).to(dtype)[None, :, None]
+    out, _, lse = run(case, seed)
+    check(case, out, lse)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
 @pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])

@@ -254,6 +254,32 @@ struct ConsumerPosition {
   }
 };
 
+// This warp's rows of scores = query key^T by plain arithmetic, where the products are gone: exponentials
+// have overtaken the reference by 100 binary orders. Takes as long as dozens of steps.
+template <class T, int kCols, int kK>
+VSA_DEVICE void multiply_again(FloatTile<kCols>& scores, SharedTile<T, 64, kK>& query,
+                               SharedTile<T, kCols, kK>& key) {
+  int row = tile_row(0), column = tile_column();
+  asm volatile("" : "+r"(row), "+r"(column));  // no address of this is worth a register in the loop
+  zero(scores);
+#pragma unroll 1
+  for (int k = 0; k < kK; k += 2) {
+    auto pair = [k](auto& tile, int row) {
+      return unpack<T>(reinterpret_cast<const uint32_t*>(tile.chunk(row, k / 8))[k % 8 / 2]);
+    };
+    float2 q[2] = {pair(query, row), pair(query, row + 8)};
+#pragma unroll
+    for (int i = 0; i < kCols / 4; i++) {
+      float2 x = pair(key, i / 2 * 8 + column + i % 2);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float& score = scores.data[i / 2 * 4 + 2 * half + i % 2];
+        score = fmaf(q[half].x, x.x, fmaf(q[half].y, x.y, score));
+      }
+    }
+  }
+}
+
 // scores = query key^T of the stage at `at`, while the product of the pending one, out += probabilities
 // value, runs; leaves the probabilities of this one pending, and `at` at the next.
 template <class Kernel, bool kPending>
@@ -281,21 +307,36 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   } else {
     mma_wait<0>(scores);
   }
-  if (ring.info[stage].partial) fill_masked(scores, ring.info[stage].valid, -INFINITY);
-  ring.key_barriers.release(stage);
-  RowVector factor;
-  bool rescale = state.softmax.update(scores, factor);
+  const PairInfo& info = ring.info[stage];
+  if (info.partial) fill_masked(scores, info.valid, -INFINITY);
+  constexpr int kEnd = Kernel::kStageTokens, kMiddle = kEnd / 2;
+  RowVector sums{}, factor;
+  if constexpr (!kPending) {
+    state.softmax.raise_to_maximum(scores, factor);
+    mul_row(state.out, factor);
+  }
   // The pending product is done by the middle of the exponentials: its operand's registers are then free.
-  constexpr int kMiddle = Kernel::kStageTokens / 2;
-  state.softmax.template exponentiate<0, kMiddle>(scores);
+  state.softmax.template exponentiate<0, kMiddle>(scores, sums);
   if constexpr (kPending) {
     mma_wait<0>(state.out, state.probabilities);
     ring.value_barriers.release(pending.stage);
   }
-  if (rescale) mul_row(state.out, factor);
   convert<0, kMiddle>(state.probabilities, scores);
-  state.softmax.template exponentiate<kMiddle, Kernel::kStageTokens>(scores);
-  convert<kMiddle, Kernel::kStageTokens>(state.probabilities, scores);
+  state.softmax.template exponentiate<kMiddle, kEnd>(scores, sums);
+  if (kPending && state.softmax.template exceeded<typename Kernel::T>(sums)) {
+    if (!state.softmax.raise_to_exponentials(scores, sums, factor)) {
+      multiply_again(scores, query, ring.keys[stage]);
+      if (info.partial) fill_masked(scores, info.valid, -INFINITY);
+      state.softmax.raise_to_maximum(scores, factor);
+      sums = {};
+      state.softmax.template exponentiate<0, kEnd>(scores, sums);
+    }
+    mul_row(state.out, factor);
+    convert<0, kMiddle>(state.probabilities, scores);
+  }
+  convert<kMiddle, kEnd>(state.probabilities, scores);
+  state.softmax.add(sums);
+  ring.key_barriers.release(stage);
 }
 
 template <class Kernel>

@@ -1,4 +1,4 @@
-// Softmax over columns that arrive tile by tile, for the 64 rows of a warpgroup; scores in units of log2.
+// Softmax over columns that arrive tile by tile, for the 64 rows of a warpgroup.
 #pragma once
 
 #include <cmath>
@@ -7,21 +7,25 @@
 
 namespace vsa {
 
-// The reference value of a row follows its maximum lazily: only when a score exceeds it by more than this
-// many binary orders, so that most tiles need no rescaling. Probabilities then reach at most 2^8, which fp16
-// holds.
-constexpr float kRescaleThreshold = 8.0f;
+// The reference value of a row need not be its maximum: any will do for which no exponential leaves the range
+// of its type. It is the maximum of the first tile, and is raised where a lane's part of a row's sum in one
+// tile has come out larger than this. Most tiles then need neither a maximum nor a rescaling.
+template <class T>
+constexpr float kMostSum = std::is_same_v<T, bf16> ? 0x1p60f : 0x1p10f;
+// Beyond this, exponentials may have overflowed, and say nothing about the scores.
+constexpr float kMostExponential = 0x1p100f;
 
 // Keeps the exponentials that `sum` adds up above the caller's wait for a running product, which they are
-// meant to run beside: ptxas would move the wait up, but moves none over a store. Sums are never negative.
-VSA_DEVICE void settle(const RowVector& sum) {
+// meant to run beside: ptxas would move the wait up, but moves none over a store. Never stores: sums are not
+// negative, and `scale` is above 0 (which ptxas does not know).
+VSA_DEVICE void settle(const RowVector& sum, float scale) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.lt.f32 p, %0, 0f00000000;\n"
-      "@p st.shared.f32 [%1], %0;\n"
+      "setp.eq.f32 p, %0, %1;\n"
+      "@p st.shared.f32 [%2], %0;\n"
       "}\n" ::"f"(sum.data[0] + sum.data[1]),
-      "r"(0)
+      "f"(-scale), "r"(0)
       : "memory");
 }
 
@@ -29,46 +33,71 @@ class OnlineSoftmax {
  public:
   VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
 
-  // Takes the maximum of `scores` into the reference. True, for the whole warp alike, if earlier results must
-  // be multiplied by `factor`.
+  // The reference becomes the maximum of `scores`, where that is higher. Earlier results must be multiplied
+  // by `factor`.
   template <int kCols>
-  VSA_DEVICE bool update(const FloatTile<kCols>& scores, RowVector& factor) {
+  VSA_DEVICE void raise_to_maximum(const FloatTile<kCols>& scores, RowVector& factor) {
     RowVector maximum;
     row_max(maximum, scores);
-    bool moved = maximum.data[0] * scale_ > reference_.data[0] + kRescaleThreshold ||
-                 maximum.data[1] * scale_ > reference_.data[1] + kRescaleThreshold;
-    bool rescale = __any_sync(0xffffffffu, moved);
-    if (rescale) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float reference = fmaxf(maximum.data[half] * scale_, reference_.data[half]);
-        factor.data[half] =
-            reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
-        sum_.data[half] *= factor.data[half];
-        reference_.data[half] = reference;
-      }
+    for (int half = 0; half < 2; half++) {
+      raise(half, fmaxf(maximum.data[half] * scale_, reference_.data[half]), factor);
     }
-    return rescale;
   }
 
-  // After update: columns kBegin to kEnd - 1 of `scores` become exp2(scale * scores - reference).
+  // Columns kBegin to kEnd - 1 of `scores` become exp2(scale * scores - reference), added up in `sums`.
   template <int kBegin, int kEnd, int kCols>
-  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores) {
+  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowVector& sums) const {
     // A row without any key so far: every score is -inf, and so must be the exponent.
     float negative[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       negative[half] = reference_.data[half] == -INFINITY ? 0.0f : -reference_.data[half];
     }
-    float sums[4] = {};  // a chain for each column of a group and half
+    float chains[4] = {};  // for each column of a group and half
 #pragma unroll
     for (int i = kBegin / 2; i < kEnd / 2; i++) {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
-      sums[i % 4] += scores.data[i];
+      chains[i % 4] += scores.data[i];
     }
-    sum_.data[0] += sums[0] + sums[1];
-    sum_.data[1] += sums[2] + sums[3];
-    settle(sum_);
+    sums.data[0] += chains[0] + chains[1];
+    sums.data[1] += chains[2] + chains[3];
+    settle(sums, scale_);
+  }
+
+  // Whether the reference is too low for a tile of these sums; for the whole warp alike. NaN counts as well.
+  template <class T>
+  VSA_DEVICE bool exceeded(const RowVector& sums) const {
+    bool fits = sums.data[0] <= kMostSum<T> && sums.data[1] <= kMostSum<T> &&
+                reference_.data[0] > -INFINITY && reference_.data[1] > -INFINITY;
+    return !__all_sync(0xffffffffu, fits);
+  }
+
+  // Raises the reference to the largest of a tile's exponentials, and scales them and `sums` accordingly.
+  // False, for the whole warp alike, where that cannot be told from them; nothing has changed then.
+  template <int kCols>
+  VSA_DEVICE bool raise_to_exponentials(FloatTile<kCols>& exponentials, RowVector& sums, RowVector& factor) {
+    RowVector most;
+    row_max(most, exponentials);
+    bool known = true;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      known = known && sums.data[half] < kMostExponential && reference_.data[half] > -INFINITY;
+    }
+    if (!__all_sync(0xffffffffu, known)) return false;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      raise(half, reference_.data[half] + fmaxf(log2f(most.data[half]), 0.0f), factor);
+    }
+    mul_row(exponentials, factor);
+    sums.data[0] *= factor.data[0];
+    sums.data[1] *= factor.data[1];
+    return true;
+  }
+
+  VSA_DEVICE void add(const RowVector& sums) {
+    sum_.data[0] += sums.data[0];
+    sum_.data[1] += sums.data[1];
   }
 
   // Complete sums of exponentials; once, at the end.
@@ -88,6 +117,13 @@ class OnlineSoftmax {
   }
 
  private:
+  VSA_DEVICE void raise(int half, float reference, RowVector& factor) {
+    factor.data[half] =
+        reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);
+    sum_.data[half] *= factor.data[half];
+    reference_.data[half] = reference;
+  }
+
   float scale_;
   RowVector reference_ = {-INFINITY, -INFINITY};  // in log2 units
   RowVector sum_ = {0.0f, 0.0f};                  // this lane's part
