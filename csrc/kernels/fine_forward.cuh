@@ -114,7 +114,7 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_load_keys(typename Kernel::Ring& ring, const FineForwardMaps& maps,
                                        const FineForwardParams& params) {
   RingPosition<Kernel::kStages> at;
-  QueuePlaces<typename Kernel::Ring, true> places;
+  QueuePlaces<typename Kernel::Ring> places;
   BlockPairs<Kernel::kConsumers> pairs(ring.key_plan);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
@@ -150,7 +150,7 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const FineForwardMaps& maps,
                                          const FineForwardParams& params) {
   RingPosition<Kernel::kStages> at;
-  QueuePlaces<typename Kernel::Ring, false> places;
+  RingPosition<Kernel::Ring::kPlaces> listed[Kernel::kConsumers];
   uint32_t landed_phase = 0;
   BlockPairs<Kernel::kConsumers> pairs(ring.value_plan);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
@@ -166,7 +166,6 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const Fine
       auto& tile = ring.values[at.stage];
       Barrier& full = ring.value_barriers.full[at.stage];
       Barrier& arrives = clear ? ring.landed : full;
-      places.make_room(ring);
       ring.value_barriers.empty[at.stage].wait(at.phase ^ 1);
       if (elect_one()) {
         arrives.arrive_expect(Kernel::Ring::Tile::kBytes);
@@ -174,7 +173,12 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const Fine
         ring.value_barriers.release_others(at.stage, pair.members);
       }
       __syncwarp();
-      places.list_stage(ring, pair.members, at);
+#pragma unroll
+      for (int i = 0; i < Kernel::kConsumers; i++) {
+        if (!(pair.members >> i & 1)) continue;
+        if (lane_id() == 0) ring.values_listed[i][listed[i].stage].arrive();
+        listed[i].advance();
+      }
       if (clear) {
         // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
         ring.landed.wait(landed_phase);
@@ -186,7 +190,6 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const Fine
       }
       at.advance();
     } while (!pair.last);
-    places.list_end(ring);
   }
 }
 
@@ -271,7 +274,7 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   const int stage = at.entry.stage();
   const bool all = at.entry.all();
   FloatTile<Kernel::kStageTokens> scores;
-  if constexpr (kPending) ring.value_barriers.full[pending.stage()].wait(pending.phase());
+  if constexpr (kPending) ring.wait_values(consumer, pending);
   if (all) Turn::await(consumer);
   mma_fence();
   mma_ABt(scores, query, ring.keys[stage], false);
@@ -322,8 +325,8 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
 
 template <class Kernel>
 VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
-                                    StageEntry pending) {
-  ring.value_barriers.full[pending.stage()].wait(pending.phase());
+                                    int consumer, StageEntry pending) {
+  ring.wait_values(consumer, pending);
   mma_fence();
   mma_AB(state.out, state.probabilities, ring.values[pending.stage()], true);
   mma_commit();
@@ -345,7 +348,7 @@ VSA_DEVICE StageEntry fine_forward_attend(FineForwardState<Kernel>& state, typen
     StageEntry entry = at.entry;
     if (entry.bits == StageEntry::kEnd) break;
     if (entry.bits == StageEntry::kRest) {
-      fine_forward_finish(state, ring, pending);
+      fine_forward_finish(state, ring, consumer, pending);
       pending.bits = at.entry.bits = StageEntry::kNone;
       continue;
     }
@@ -421,7 +424,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
     StageEntry pending = fine_forward_attend(state, shared.query[consumer], shared.ring, at, consumer);
     __syncwarp();
     if (lane_id() == 0) shared.query_empty[consumer].arrive();
-    if (pending.exists()) fine_forward_finish(state, shared.ring, pending);
+    if (pending.exists()) fine_forward_finish(state, shared.ring, consumer, pending);
     // Only now, or its parts would take registers through the loop.
     FineForwardTask task = fine_forward_task<Kernel>(params, blockIdx.x + round * gridDim.x);
     if (consumer >= task.cubes) continue;

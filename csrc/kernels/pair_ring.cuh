@@ -4,9 +4,11 @@
 //
 // Barriers of a tile. full: one arrival by the producer warp and the bytes. empty: an arrival by each warp of
 // each consumer; the producer arrives for those that are no members. Barriers of a place in a queue. listed:
-// an arrival by each of the two producer warps, once its tile of the stage was empty: a member that knows of
-// a stage then cannot mistake an earlier round of its barriers for this one. taken: an arrival by each warp
-// of the consumer that has read the entry.
+// an arrival by the producer of the keys, once their tile was empty. taken: an arrival by each warp of the
+// consumer that has read the entry. values_listed, which counts stages only: an arrival by the producer of the
+// values, once their tile was empty. Who has waited for a list cannot mistake an earlier round of the tile's
+// barriers for this one. values_listed needs no barrier against overtaking: kStages + 1 stages of a consumer
+// on, the tile that is filled next has been released by it, and so has the stage that had this place.
 #pragma once
 
 #include "kernels/block_pairs.cuh"
@@ -21,20 +23,26 @@ struct PairInfo {
 };
 static_assert(sizeof(PairInfo) == kPairInfoBytes);
 
-// A stage as a consumer hears of it, in one register: its number, its phase, whether every consumer is a
-// member.
+// A stage as a consumer hears of it, in one register: its number and phase, whether every consumer is a
+// member, and its place and phase in values_listed.
 struct StageEntry {
   int32_t bits;
 
   // kEnd: the task has no more. kRest: finish the pending product, the ring needs its stage.
   static constexpr int32_t kNone = -1, kEnd = -2, kRest = -3;
-  VSA_DEVICE static StageEntry of(int stage, uint32_t phase, bool all) {
-    return {int32_t(stage | phase << 8 | uint32_t(all) << 9)};
+  template <int kStages, int kPlaces>
+  VSA_DEVICE static StageEntry of(const RingPosition<kStages>& stage, const RingPosition<kPlaces>& place,
+                                  bool all) {
+    static_assert(kStages <= 256 && kPlaces <= 256);
+    return {int32_t(stage.stage | place.stage << 8 | stage.phase << 16 | place.phase << 17 |
+                    uint32_t(all) << 18)};
   }
   VSA_DEVICE bool exists() const { return bits >= 0; }
   VSA_DEVICE int stage() const { return bits & 0xff; }
-  VSA_DEVICE uint32_t phase() const { return bits >> 8 & 1; }
-  VSA_DEVICE bool all() const { return bits >> 9 & 1; }
+  VSA_DEVICE int place() const { return bits >> 8 & 0xff; }
+  VSA_DEVICE uint32_t phase() const { return bits >> 16 & 1; }
+  VSA_DEVICE uint32_t place_phase() const { return bits >> 17 & 1; }
+  VSA_DEVICE bool all() const { return bits >> 18 & 1; }
 };
 static_assert(sizeof(StageEntry) == kStageEntryBytes);
 
@@ -67,13 +75,13 @@ struct PairRing {
   using Tile = Tile_;
   static constexpr int kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;
-  static constexpr int kPlaces = kStages + 1;  // any number will do
+  static constexpr int kPlaces = kStages + 1;
 
   Tile keys[kStages], values[kStages];
   PairInfo info[kStages];  // written with the keys, and theirs to overwrite
   StageEntry queue[kConsumers][kPlaces];
   TileBarriers<kStages, kConsumers> key_barriers, value_barriers;
-  Barrier listed[kConsumers][kPlaces], taken[kConsumers][kPlaces];
+  Barrier listed[kConsumers][kPlaces], values_listed[kConsumers][kPlaces], taken[kConsumers][kPlaces];
   Barrier landed;  // of values whose pads the producer clears before it publishes them
   PairPlan<kConsumers> key_plan, value_plan;
 
@@ -82,18 +90,24 @@ struct PairRing {
     key_barriers.init();
     value_barriers.init();
     for (int i = 0; i < kConsumers; i++) {
-      for (Barrier& barrier : listed[i]) barrier.init(2);
+      for (Barrier& barrier : listed[i]) barrier.init(1);
+      for (Barrier& barrier : values_listed[i]) barrier.init(1);
       for (Barrier& barrier : taken[i]) barrier.init(kConsumerWarps);
     }
     landed.init(1);
   }
+
+  // A consumer, before it multiplies the values of a stage.
+  VSA_DEVICE void wait_values(int consumer, StageEntry entry) {
+    values_listed[consumer][entry.place()].wait(entry.place_phase());
+    value_barriers.full[entry.stage()].wait(entry.phase());
+  }
 };
 
-// A producer warp's place in each consumer's queue. Both producers list the same entries; that of the keys
-// writes them.
-template <class Ring, bool kWrites>
+// The place of the producer of the keys in each consumer's queue.
+template <class Ring>
 struct QueuePlaces {
-  RingPosition<Ring::kPlaces> at[Ring::kConsumers];
+  RingPosition<Ring::kPlaces> at[Ring::kConsumers], values_at[Ring::kConsumers];
   int since[Ring::kConsumers] = {};  // stages since the consumer's last one, from 1 on; 0: it holds none
 
   // The whole warp. Before it waits for the next stage of the ring: who holds that one's values to multiply
@@ -110,7 +124,9 @@ struct QueuePlaces {
     bool all = members == (1u << Ring::kConsumers) - 1;
 #pragma unroll
     for (int i = 0; i < Ring::kConsumers; i++) {
-      if (members >> i & 1) list(ring, i, StageEntry::of(stage.stage, stage.phase, all), 1);
+      if (!(members >> i & 1)) continue;
+      list(ring, i, StageEntry::of(stage, values_at[i], all), 1);
+      values_at[i].advance();
     }
   }
 
@@ -124,7 +140,7 @@ struct QueuePlaces {
     auto& place = at[consumer];
     ring.taken[consumer][place.stage].wait(place.phase ^ 1);
     if (lane_id() == 0) {
-      if constexpr (kWrites) ring.queue[consumer][place.stage] = entry;
+      ring.queue[consumer][place.stage] = entry;
       ring.listed[consumer][place.stage].arrive();
     }
     __syncwarp();

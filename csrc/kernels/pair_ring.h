@@ -15,7 +15,7 @@ constexpr int pair_plan_bytes(int lists) { return kPairPlanStages * (2 * 4 + 1) 
 constexpr int pair_ring_bytes(int head_dim, int stages, int consumers) {
   int tile = 2 * kCubeTokens * head_dim * kHalfBytes;
   int barriers = (4 * stages + 1) * kBarrierBytes;
-  int queues = consumers * (stages + 1) * (kStageEntryBytes + 2 * kBarrierBytes);
+  int queues = consumers * (stages + 1) * (kStageEntryBytes + 3 * kBarrierBytes);
   return round_up(
       2 * stages * tile + stages * kPairInfoBytes + barriers + queues + 2 * pair_plan_bytes(consumers),
       kTileAlignment);
