@@ -36,7 +36,7 @@ struct FineBackwardKv : FineBackward<kHeadDim, T, kBackwardKvConsumers, QueryInf
 template <class Kernel>
 VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const FineBackwardKvMaps& maps,
                                          const FineBackwardParams& params,
-                                         const FineBackwardTask<Kernel::kConsumers>& task, int producer) {
+                                         const FineBackwardTask<Kernel::kConsumers>& task, RingRole role) {
   int64_t row = int64_t(task.batch) * params.heads + task.head;
   const int32_t* offsets =
       params.q_offsets ? params.q_offsets + row * (params.kv_grid.num_cubes() + 1) : nullptr;
@@ -49,7 +49,7 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
     int begin = offsets ? __ldg(offsets + cube) : 0;
     int end = offsets ? __ldg(offsets + cube + 1) : params.q_grid.num_cubes();
     lists.start(i, offsets ? indices + begin : nullptr, exists ? end - begin : 0);
-    if (producer == 0 && exists && elect_one()) {
+    if (role == RingRole::kFirst && exists && elect_one()) {
       load_resident(shared, i, maps.key, params.key, maps.value, params.value,
                     task.address(params.kv_grid, cube));
     }
@@ -64,7 +64,7 @@ VSA_DEVICE void fine_backward_kv_produce(typename Kernel::Shared& shared, const 
     load_async(info.lse, params.lse + first, sizeof(info.lse), full);
     load_async(info.delta, params.delta + first, sizeof(info.delta), full);
   };
-  fill_ring(shared.ring, producer, lists, source, kBackwardRowBytes, load_rows);
+  fill_ring(shared.ring, role, lists, source, kBackwardRowBytes, load_rows);
 }
 
 // A consumer's registers through the loop. K and V stay in shared memory: see FineBackwardQ.
@@ -195,10 +195,8 @@ VSA_DEVICE void fine_backward_kv(const FineBackwardKvMaps& maps, const FineBackw
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
-    int producer = warp_id() % Kernel::Ring::kWarps;
-    if (producer < Kernel::Ring::kProducers) {
-      fine_backward_kv_produce<Kernel>(shared, maps, params, task, producer);
-    }
+    auto role = RingRole(warp_id() % Kernel::Ring::kWarps);
+    if (role <= RingRole::kLists) fine_backward_kv_produce<Kernel>(shared, maps, params, task, role);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_backward_kv_consume<Kernel>(shared, maps, params, task, warpgroup);

@@ -29,7 +29,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, fine_backward_q_consumers(kHead
 template <class Kernel>
 VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
                                         const FineBackwardParams& params,
-                                        const FineBackwardTask<Kernel::kConsumers>& task, int producer) {
+                                        const FineBackwardTask<Kernel::kConsumers>& task, RingRole role) {
   BlockSets<Kernel::kConsumers> lists;
 #pragma unroll
   for (int i = 0; i < Kernel::kConsumers; i++) {
@@ -37,7 +37,7 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
     int cube = task.cube(params.q_grid, exists ? i : 0);
     lists.start(i, params.lists.list(task.batch, task.head, cube),
                 exists ? params.lists.count(task.batch, task.head, cube) : 0);
-    if (producer == 0 && exists && elect_one()) {
+    if (role == RingRole::kFirst && exists && elect_one()) {
       load_resident(shared, i, maps.query, params.query, maps.grad_out, params.grad_out,
                     task.address(params.q_grid, cube));
     }
@@ -45,7 +45,7 @@ VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const F
   }
   TileSource source{params.kv_grid, params.block_sizes, maps.key,   maps.value,
                     params.key,     params.value,       task.batch, task.head};
-  fill_ring(shared.ring, producer, lists, source, 0, [](int, int, Barrier&) {});
+  fill_ring(shared.ring, role, lists, source, 0, [](int, int, Barrier&) {});
 }
 
 // A consumer's registers through the loop.
@@ -155,10 +155,8 @@ VSA_DEVICE void fine_backward_q(const FineBackwardQMaps& maps, const FineBackwar
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
-    int producer = warp_id() % Kernel::Ring::kWarps;
-    if (producer < Kernel::Ring::kProducers) {
-      fine_backward_q_produce<Kernel>(shared, maps, params, task, producer);
-    }
+    auto role = RingRole(warp_id() % Kernel::Ring::kWarps);
+    if (role <= RingRole::kLists) fine_backward_q_produce<Kernel>(shared, maps, params, task, role);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_backward_q_consume<Kernel>(shared, maps, params, task, warpgroup);

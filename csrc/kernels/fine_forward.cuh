@@ -10,8 +10,8 @@
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
 //   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release values(i)
 //
-// Where a consumer's next stage is so far that the ring needs its pending one first, the producers tell it to
-// finish that alone.
+// A consumer holds the values of its pending product for at most kStages - 1 stages of others, then finishes
+// it alone: the ring always has room for the stage that everyone waits for, whatever the lists.
 #pragma once
 
 #include "kernels/fine_forward_params.h"
@@ -33,8 +33,8 @@ struct FineForward {
   static constexpr int kConsumers = kForwardConsumers;
   static constexpr int kStages = fine_forward_stages(kHeadDim);
   static constexpr int kStageTokens = 2 * kCubeTokens;
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
 
   using QueryTile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Ring = PairRing<SharedTile<T, kStageTokens, kHeadDim>, kStages, kConsumers>;
@@ -69,20 +69,18 @@ VSA_DEVICE FineForwardTask fine_forward_task(const FineForwardParams& params, in
 template <class Kernel>
 VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const FineForwardMaps& maps,
                                           const FineForwardParams& params) {
-  uint32_t phase = 0;
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x, phase ^= 1) {
+  uint32_t phase[Kernel::kConsumers] = {};
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
 #pragma unroll
     for (int i = 0; i < Kernel::kConsumers; i++) {
-      shared.query_empty[i].wait(phase ^ 1);
+      if (i >= task.cubes) continue;
+      shared.query_empty[i].wait(phase[i] ^ 1);
+      phase[i] ^= 1;
       if (elect_one()) {
-        if (i < task.cubes) {
-          CubeAddress cube{task.batch, task.head, params.q_grid.origin(task.cube(params.q_grid, i))};
-          shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
-          load_cube(shared.query[i], maps.query, params.query, cube, shared.query_full[i]);
-        } else {
-          shared.query_full[i].arrive();
-        }
+        CubeAddress cube{task.batch, task.head, params.q_grid.origin(task.cube(params.q_grid, i))};
+        shared.query_full[i].arrive_expect(sizeof(shared.query[i]));
+        load_cube(shared.query[i], maps.query, params.query, cube, shared.query_full[i]);
       }
       __syncwarp();
     }
@@ -114,7 +112,6 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_load_keys(typename Kernel::Ring& ring, const FineForwardMaps& maps,
                                        const FineForwardParams& params) {
   RingPosition<Kernel::kStages> at;
-  QueuePlaces<typename Kernel::Ring> places;
   BlockPairs<Kernel::kConsumers> pairs(ring.key_plan);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     FineForwardTask task = fine_forward_task<Kernel>(params, index);
@@ -122,26 +119,25 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::Ring& ring, const FineFo
     BlockPair pair;
     do {
       pair = pairs.next();
-      if (pair.members == 0) break;
-      places.make_room(ring);
+      Extent3 origins[2] = {params.kv_grid.origin(pair.first), params.kv_grid.origin(pair.second)};
+      PairInfo info{.members = pair.members, .last = pair.last};
+      info.valid[0] = valid_rows(params, pair.first, origins[0]);
+      info.valid[1] = pair.padded ? 0 : valid_rows(params, pair.second, origins[1]);
+      info.partial = (info.valid[0] & info.valid[1]) != ~uint64_t(0);
+      Barrier& full = ring.key_barriers.full[at.stage];
       ring.key_barriers.empty[at.stage].wait(at.phase ^ 1);
       if (elect_one()) {
-        Extent3 origins[2] = {params.kv_grid.origin(pair.first), params.kv_grid.origin(pair.second)};
-        Barrier& full = ring.key_barriers.full[at.stage];
-        full.expect(Kernel::Ring::Tile::kBytes);
-        load_pair(ring.keys[at.stage], maps.key, params.key, task.batch, task.head, origins, full);
-        PairInfo& info = ring.info[at.stage];
-        info.valid[0] = valid_rows(params, pair.first, origins[0]);
-        info.valid[1] = pair.padded ? 0 : valid_rows(params, pair.second, origins[1]);
-        info.partial = (info.valid[0] & info.valid[1]) != ~uint64_t(0);
-        full.arrive();  // publishes the info
-        ring.key_barriers.release_others(at.stage, pair.members);
+        ring.info[at.stage] = info;
+        if (pair.members) {
+          full.arrive_expect(Kernel::Ring::Tile::kBytes);
+          load_pair(ring.keys[at.stage], maps.key, params.key, task.batch, task.head, origins, full);
+        } else {
+          full.arrive();
+        }
       }
       __syncwarp();
-      places.list_stage(ring, pair.members, at);
       at.advance();
     } while (!pair.last);
-    places.list_end(ring);
   }
 }
 
@@ -150,7 +146,6 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const FineForwardMaps& maps,
                                          const FineForwardParams& params) {
   RingPosition<Kernel::kStages> at;
-  RingPosition<Kernel::Ring::kPlaces> listed[Kernel::kConsumers];
   uint32_t landed_phase = 0;
   BlockPairs<Kernel::kConsumers> pairs(ring.value_plan);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
@@ -161,24 +156,20 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::Ring& ring, const Fine
       pair = pairs.next();
       Extent3 origins[2] = {params.kv_grid.origin(pair.first), params.kv_grid.origin(pair.second)};
       int prefixes[2] = {valid_prefix(params, pair.first), valid_prefix(params, pair.second)};
-      if (pair.members == 0) break;
-      bool clear = min(prefixes[0], prefixes[1]) < kCubeTokens;
+      bool clear = pair.members && min(prefixes[0], prefixes[1]) < kCubeTokens;
       auto& tile = ring.values[at.stage];
       Barrier& full = ring.value_barriers.full[at.stage];
       Barrier& arrives = clear ? ring.landed : full;
       ring.value_barriers.empty[at.stage].wait(at.phase ^ 1);
       if (elect_one()) {
-        arrives.arrive_expect(Kernel::Ring::Tile::kBytes);
-        load_pair(tile, maps.value, params.value, task.batch, task.head, origins, arrives);
-        ring.value_barriers.release_others(at.stage, pair.members);
+        if (pair.members) {
+          arrives.arrive_expect(Kernel::Ring::Tile::kBytes);
+          load_pair(tile, maps.value, params.value, task.batch, task.head, origins, arrives);
+        } else {
+          full.arrive();
+        }
       }
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < Kernel::kConsumers; i++) {
-        if (!(pair.members >> i & 1)) continue;
-        if (lane_id() == 0) ring.values_listed[i][listed[i].stage].arrive();
-        listed[i].advance();
-      }
       if (clear) {
         // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
         ring.landed.wait(landed_phase);
@@ -218,22 +209,48 @@ struct Turns {
   }
 };
 
-// Where a consumer stands in its queue.
-template <class Ring>
+// Where a consumer stands in the ring. Its place among the values lags behind: it is that of the pending
+// product, or the keys'.
+template <int kStages>
 struct ConsumerPosition {
-  RingPosition<Ring::kPlaces> place;
-  StageEntry entry{StageEntry::kNone};  // the next one, if it has been read
+  RingPosition<kStages> keys, values;
+  int passed = 0;      // stages of others from `values` to `keys`, the pending one apart
+  bool known = false;  // the next three are those of the stage at `keys`, which has landed
+  bool last, member, all;
 
-  // By shuffle: the compiler then knows that addresses are uniform.
-  VSA_DEVICE void read(Ring& ring, int consumer) {
-    entry.bits = __shfl_sync(0xffffffffu, ring.queue[consumer][place.stage].bits, 0);
-    __syncwarp();
-    if (lane_id() == 0) ring.taken[consumer][place.stage].arrive();
-    place.advance();
+  // By vote: the compiler then knows that warps stay whole.
+  template <class Ring>
+  VSA_DEVICE void read(const Ring& ring, int consumer) {
+    const PairInfo& info = ring.info[keys.stage];
+    last = __any_sync(0xffffffffu, info.last);
+    member = __any_sync(0xffffffffu, info.members >> consumer & 1);
+    all = __any_sync(0xffffffffu, info.members == (1u << Ring::kConsumers) - 1);
+    known = true;
   }
 
-  VSA_DEVICE bool listed(Ring& ring, int consumer) const {
-    return __all_sync(0xffffffffu, ring.listed[consumer][place.stage].test(place.phase));
+  template <class Ring>
+  VSA_DEVICE void await(Ring& ring, int consumer) {
+    if (known) return;
+    ring.key_barriers.full[keys.stage].wait(keys.phase);
+    read(ring, consumer);
+  }
+
+  // On to the next stage; what it holds, if it has landed.
+  template <class Ring>
+  VSA_DEVICE void advance(Ring& ring, int consumer) {
+    keys.advance();
+    known = false;
+    if (__all_sync(0xffffffffu, ring.key_barriers.full[keys.stage].test(keys.phase))) read(ring, consumer);
+  }
+
+  // Values of others, up to the keys' place.
+  template <class Ring>
+  VSA_DEVICE void pass_values(Ring& ring) {
+    for (; passed > 0; passed--) {
+      ring.value_barriers.full[values.stage].wait(values.phase);
+      ring.value_barriers.release(values.stage);
+      values.advance();
+    }
   }
 };
 
@@ -263,29 +280,28 @@ VSA_DEVICE void multiply_again(FloatTile<kCols>& scores, SharedTile<T, 64, kK>& 
   }
 }
 
-// scores = query key^T of the stage that `at` has read, while the product of the pending one, out +=
-// probabilities value, runs; leaves the probabilities of this one pending, and `at` with the next if that is
-// listed already.
+// scores = query key^T of the stage at `at`, while the product of the pending one, out += probabilities
+// value, runs; leaves the probabilities of this one pending, and `at` at the next.
 template <class Kernel, bool kPending>
 VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
-                                  typename Kernel::Ring& ring, ConsumerPosition<typename Kernel::Ring>& at,
-                                  StageEntry pending, int consumer) {
+                                  typename Kernel::Ring& ring, ConsumerPosition<Kernel::kStages>& at,
+                                  int consumer) {
   using Turn = Turns<Kernel::kConsumers>;
-  const int stage = at.entry.stage();
-  const bool all = at.entry.all();
+  const int stage = at.keys.stage;
+  const bool all = at.all;
+  const RingPosition<Kernel::kStages> pending = at.values;
   FloatTile<Kernel::kStageTokens> scores;
-  if constexpr (kPending) ring.wait_values(consumer, pending);
+  if constexpr (kPending) ring.value_barriers.full[pending.stage].wait(pending.phase);
   if (all) Turn::await(consumer);
   mma_fence();
   mma_ABt(scores, query, ring.keys[stage], false);
   mma_commit();
   if constexpr (kPending) {
-    mma_AB(state.out, state.probabilities, ring.values[pending.stage()], true);
+    mma_AB(state.out, state.probabilities, ring.values[pending.stage], true);
     mma_commit();
   }
   if (all) Turn::pass(consumer);
-  at.entry.bits = StageEntry::kNone;
-  if (at.listed(ring, consumer)) at.read(ring, consumer);
+  at.advance(ring, consumer);
   if constexpr (kPending) {
     mma_wait<1>(scores);
   } else {
@@ -303,7 +319,7 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
   state.softmax.template exponentiate<0, kMiddle>(scores, sums);
   if constexpr (kPending) {
     mma_wait<0>(state.out, state.probabilities);
-    ring.value_barriers.release(pending.stage());
+    ring.value_barriers.release(pending.stage);
   }
   convert<0, kMiddle>(state.probabilities, scores);
   state.softmax.template exponentiate<kMiddle, kEnd>(scores, sums);
@@ -325,42 +341,43 @@ VSA_DEVICE void fine_forward_step(FineForwardState<Kernel>& state, typename Kern
 
 template <class Kernel>
 VSA_DEVICE void fine_forward_finish(FineForwardState<Kernel>& state, typename Kernel::Ring& ring,
-                                    int consumer, StageEntry pending) {
-  ring.wait_values(consumer, pending);
+                                    const RingPosition<Kernel::kStages>& pending) {
+  ring.value_barriers.full[pending.stage].wait(pending.phase);
   mma_fence();
-  mma_AB(state.out, state.probabilities, ring.values[pending.stage()], true);
+  mma_AB(state.out, state.probabilities, ring.values[pending.stage], true);
   mma_commit();
   mma_wait<0>(state.out, state.probabilities);
-  ring.value_barriers.release(pending.stage());
+  ring.value_barriers.release(pending.stage);
 }
 
-// A consumer's way round the ring, for one task. Returns its pending stage, or none.
+// A consumer's way round the ring, for one task. True if the last product is still pending.
 template <class Kernel>
-VSA_DEVICE StageEntry fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
-                                          typename Kernel::Ring& ring,
-                                          ConsumerPosition<typename Kernel::Ring>& at, int consumer) {
-  StageEntry pending{StageEntry::kNone};
-  while (true) {
-    if (at.entry.bits == StageEntry::kNone) {
-      ring.listed[consumer][at.place.stage].wait(at.place.phase);
-      at.read(ring, consumer);
-    }
-    StageEntry entry = at.entry;
-    if (entry.bits == StageEntry::kEnd) break;
-    if (entry.bits == StageEntry::kRest) {
-      fine_forward_finish(state, ring, consumer, pending);
-      pending.bits = at.entry.bits = StageEntry::kNone;
-      continue;
-    }
-    ring.key_barriers.full[entry.stage()].wait(entry.phase());
-    if (pending.exists()) {
-      fine_forward_step<Kernel, true>(state, query, ring, at, pending, consumer);
+VSA_DEVICE bool fine_forward_attend(FineForwardState<Kernel>& state, typename Kernel::QueryTile& query,
+                                    typename Kernel::Ring& ring, ConsumerPosition<Kernel::kStages>& at,
+                                    int consumer) {
+  bool pending = false, last;
+  do {
+    at.await(ring, consumer);
+    last = at.last;
+    if (at.member && pending) {
+      fine_forward_step<Kernel, true>(state, query, ring, at, consumer);
+      at.values.advance();
+      at.pass_values(ring);
+    } else if (at.member) {
+      fine_forward_step<Kernel, false>(state, query, ring, at, consumer);
+      pending = true;
     } else {
-      fine_forward_step<Kernel, false>(state, query, ring, at, pending, consumer);
+      ring.key_barriers.release(at.keys.stage);
+      at.passed++;
+      if (pending && at.passed == Kernel::kStages - 1) {
+        fine_forward_finish(state, ring, at.values);
+        at.values.advance();
+        pending = false;
+      }
+      if (!pending) at.pass_values(ring);
+      at.advance(ring, consumer);
     }
-    pending = entry;
-  }
-  at.entry.bits = StageEntry::kNone;
+  } while (!last);
   return pending;
 }
 
@@ -415,19 +432,27 @@ VSA_DEVICE void fine_forward_epilogue(FineForwardState<Kernel>& state, const Fin
 template <class Kernel>
 VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardParams& params,
                                      int consumer) {
-  ConsumerPosition<typename Kernel::Ring> at;
+  ConsumerPosition<Kernel::kStages> at;
+  uint32_t query_phase = 0;
   Turns<Kernel::kConsumers>::start(consumer);
-  for (int round = 0; blockIdx.x + round * gridDim.x < params.num_tasks; round++) {
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineForwardTask task = fine_forward_task<Kernel>(params, index);
+    bool exists = consumer < task.cubes;
     FineForwardState<Kernel> state{.softmax = OnlineSoftmax(params.scale_log2)};
     zero(state.out);
-    shared.query_full[consumer].wait(round & 1);
-    StageEntry pending = fine_forward_attend(state, shared.query[consumer], shared.ring, at, consumer);
+    if (exists) {
+      shared.query_full[consumer].wait(query_phase);
+      query_phase ^= 1;
+    }
+    bool pending = fine_forward_attend(state, shared.query[consumer], shared.ring, at, consumer);
+    if (!exists) continue;
     __syncwarp();
     if (lane_id() == 0) shared.query_empty[consumer].arrive();
-    if (pending.exists()) fine_forward_finish(state, shared.ring, consumer, pending);
-    // Only now, or its parts would take registers through the loop.
-    FineForwardTask task = fine_forward_task<Kernel>(params, blockIdx.x + round * gridDim.x);
-    if (consumer >= task.cubes) continue;
+    if (pending) {
+      fine_forward_finish(state, shared.ring, at.values);
+      at.values.advance();
+      at.pass_values(shared.ring);
+    }
     int cube = task.cube(params.q_grid, consumer);
     fine_forward_epilogue(state, params, {task.batch, task.head, params.q_grid.origin(cube)}, cube);
   }

@@ -60,7 +60,7 @@ VSA_DEVICE void add_gated_coarse(FloatTile<kCols>& tile, const T* coarse, const 
 #pragma unroll
     for (int j = 0; j < kCols / 8; j++) {
       float2 g = row ? load_pair(row, 8 * j + tile_column(), gate.strides[3]) : float2{1.0f, 1.0f};
-      float2 x = load_pair(values, 8 * j + tile_column(), 1);
+      float2 x = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(values + 8 * j + tile_column())));
       tile.data[4 * j + 2 * half] += factor * g.x * x.x;
       tile.data[4 * j + 2 * half + 1] += factor * g.y * x.y;
     }

@@ -1,10 +1,10 @@
-// A ring of tile pairs that two producer warps, one a tile, fill in the order of the consumers' lists. Each
-// consumer warpgroup is told which stages it is a member of, by a queue of its own, and has nothing to do
-// with the others: a consumer that is busy holds only what it needs itself.
+// A ring of tile pairs that two producer warps, one a tile, fill in the order of the consumers' lists; a
+// third keeps a queue for each consumer warpgroup that tells it which stages it is a member of. A consumer
+// has nothing to do with the others: while it is busy, it holds only what it needs itself.
 //
 // Barriers. full, of a stage: the producer's arrival and the bytes of all its loads. empty, of a stage: an
-// arrival by each warp of each consumer; the producer arrives for those that are no members. listed, of a
-// place in a queue: the first producer's arrival. resident: the same for the tiles that a consumer keeps.
+// arrival by each warp of each consumer; the third producer arrives for those that are no members. listed, of
+// a place in a queue: its arrival. resident: the same for the tiles that a consumer keeps.
 //
 // A queue has kStages + 1 places, which is enough without a barrier for empty places: an entry is written
 // once its stage is empty, then the entry kStages places back has been read; the last has no stage, hence the
@@ -30,7 +30,7 @@ struct MemberRing {
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kPlaces = kStages + 1;
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;  // of a consumer
-  static constexpr int kProducers = 2;
+  static constexpr int kProducers = 2;                             // of tiles
   static constexpr int kEnd = -1;
 
   struct alignas(8) Entry {
@@ -82,12 +82,14 @@ struct TileSource {
   int batch, head;
 };
 
-// A whole producer warp, number `producer`: all first or all second tiles of the lists; the first producer
-// also writes the queues. One warp for both takes longer for a stage than the consumers of head_dim 64.
-// `extra(stage, block, full)` runs in one thread of the second producer and may add loads; their bytes are
-// `extra_bytes`.
+// What a producer warp does: load the first or the second tiles, or tell the consumers of their stages. One
+// warp for all takes longer for a stage than the consumers of head_dim 64.
+enum class RingRole { kFirst, kSecond, kLists };
+
+// A whole producer warp, over all blocks of the lists. `extra(stage, block, full)` runs in one thread of the
+// producer of the second tiles and may add loads; their bytes are `extra_bytes`.
 template <class Ring, class Extra>
-VSA_DEVICE void fill_ring(Ring& ring, int producer, BlockSets<Ring::kConsumers>& lists,
+VSA_DEVICE void fill_ring(Ring& ring, RingRole role, BlockSets<Ring::kConsumers>& lists,
                           const TileSource& source, int extra_bytes, Extra extra) {
   RingPosition<Ring::kStages> at;
   RingPosition<Ring::kPlaces> place[Ring::kConsumers];
@@ -101,12 +103,10 @@ VSA_DEVICE void fill_ring(Ring& ring, int producer, BlockSets<Ring::kConsumers>&
     Barrier& arrives = clear ? ring.landed : ring.full[at.stage];
 
     ring.empty[at.stage].wait(at.phase ^ 1);
-    if (producer == 0) {
+    if (role == RingRole::kLists) {
       if (elect_one()) {
         static_cast<TileInfo&>(ring.info[at.stage]) =
             TileInfo{source.grid.valid_slots(cube.origin) & CubeGrid::ones(prefix)};
-        arrives.arrive_expect(sizeof(ring.first[0]));
-        load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
         if (others > 0) ring.empty[at.stage].arrive(others * Ring::kWarps);
       }
       __syncwarp();
@@ -117,19 +117,25 @@ VSA_DEVICE void fill_ring(Ring& ring, int producer, BlockSets<Ring::kConsumers>&
         __syncwarp();
         place[i].advance();
       }
-    } else {
-      if (elect_one()) {
+      at.advance();
+      continue;
+    }
+    if (elect_one()) {
+      if (role == RingRole::kFirst) {
+        arrives.arrive_expect(sizeof(ring.first[0]));
+        load_cube(ring.first[at.stage], source.first_map, source.first_at, cube, arrives);
+      } else {
         arrives.arrive_expect(sizeof(ring.second[0]) + extra_bytes);
         load_cube(ring.second[at.stage], source.second_map, source.second_at, cube, arrives);
         extra(at.stage, block, arrives);
       }
-      __syncwarp();
     }
+    __syncwarp();
     if (clear) {
       // Pads hold real memory, perhaps NaN, and 0 * NaN would spoil the products.
       ring.landed.wait(landed_phase);
       landed_phase ^= 1;
-      zero_rows(producer == 0 ? ring.first[at.stage] : ring.second[at.stage], prefix);
+      zero_rows(role == RingRole::kFirst ? ring.first[at.stage] : ring.second[at.stage], prefix);
       fence_async_shared();  // wgmma reads the zeros through the async proxy
       __syncwarp();
       if (elect_one()) ring.full[at.stage].arrive();
@@ -137,7 +143,7 @@ VSA_DEVICE void fill_ring(Ring& ring, int producer, BlockSets<Ring::kConsumers>&
     }
     at.advance();
   }
-  if (producer > 0) return;
+  if (role != RingRole::kLists) return;
 #pragma unroll
   for (int i = 0; i < Ring::kConsumers; i++) {
     if (elect_one()) ring.enlist(i, place[i].stage, {Ring::kEnd, 0});

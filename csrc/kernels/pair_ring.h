@@ -5,7 +5,6 @@
 namespace vsa {
 
 constexpr int kPairInfoBytes = 24;
-constexpr int kStageEntryBytes = 4;
 constexpr int kPairPlanStages = 64;  // that a producer warp plans ahead
 
 // A PairPlan for `lists` lists.
@@ -15,10 +14,8 @@ constexpr int pair_plan_bytes(int lists) { return kPairPlanStages * (2 * 4 + 1) 
 constexpr int pair_ring_bytes(int head_dim, int stages, int consumers) {
   int tile = 2 * kCubeTokens * head_dim * kHalfBytes;
   int barriers = (4 * stages + 1) * kBarrierBytes;
-  int queues = consumers * (stages + 1) * (kStageEntryBytes + 3 * kBarrierBytes);
-  return round_up(
-      2 * stages * tile + stages * kPairInfoBytes + barriers + queues + 2 * pair_plan_bytes(consumers),
-      kTileAlignment);
+  return round_up(2 * stages * tile + stages * kPairInfoBytes + barriers + 2 * pair_plan_bytes(consumers),
+                  kTileAlignment);
 }
 
 }  // namespace vsa

@@ -74,6 +74,8 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
   params.lse = pointer<float>(arguments.lse);
+  check_argument(arguments.coarse % 4 == 0,
+                 "coarse: got an address that is not 4-byte aligned; copy the tensor");
   params.coarse = pointer<const void>(arguments.coarse);
   params.gate_fine = arguments.gate_fine;
   params.gate_coarse = arguments.gate_coarse;
