@@ -7,9 +7,10 @@
 // run ahead over the end of a task, and the next one's tiles land during the epilogue. A consumer works on
 // the stages it is a member of, 128 keys at a time. Per member stage:
 //
-//   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i)  |
-//   consumer       |        wait scores  | softmax(i+1) ---- | wait out, rescale, P(i+1), release values(i)
+//   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i) |
+//   consumer       |        wait scores  | exp(i+1), 1st half | wait out | exp(i+1), 2nd half, P(i+1)
 //
+// The exponentials refer to the maximum of a row's first tile; only where they outgrow it is it raised.
 // A consumer holds the values of its pending product for at most kStages - 1 stages of others, then finishes
 // it alone: the ring always has room for the stage that everyone waits for, whatever the lists.
 #pragma once

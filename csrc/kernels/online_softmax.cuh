@@ -74,7 +74,8 @@ class OnlineSoftmax {
   }
 
   // Raises the reference to the largest of a tile's exponentials, and scales them and `sums` accordingly.
-  // False, for the whole warp alike, where that cannot be told from them; nothing has changed then.
+  // False, for the whole warp alike, where that cannot be told from them; nothing has changed then. (NaN is
+  // told: it stays.)
   template <int kCols>
   VSA_DEVICE bool raise_to_exponentials(FloatTile<kCols>& exponentials, RowVector& sums, RowVector& factor) {
     RowVector most;
@@ -82,7 +83,7 @@ class OnlineSoftmax {
     bool known = true;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      known = known && sums.data[half] < kMostExponential && reference_.data[half] > -INFINITY;
+      known = known && !(sums.data[half] >= kMostExponential) && reference_.data[half] != -INFINITY;
     }
     if (!__all_sync(0xffffffffu, known)) return false;
 #pragma unroll
