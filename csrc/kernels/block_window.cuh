@@ -51,7 +51,7 @@ class BlockWindow {
     int entry = lane_id() * kLineEntries;
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
-      if (first_[i] && entry < count_[i]) asm volatile("" ::"r"(__ldg(first_[i] + entry)));
+      if (first_[i] && entry < count_[i]) keep(__ldg(first_[i] + entry));
     }
   }
 

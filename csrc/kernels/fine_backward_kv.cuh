@@ -176,7 +176,7 @@ VSA_DEVICE void fine_backward_kv_consume(typename Kernel::Shared& shared, const 
   store_gradient(state.grad_key, shared.first[consumer], consumer, maps.grad_key, params.grad_key, address);
   store_gradient(state.grad_value, shared.second[consumer], consumer, maps.grad_value, params.grad_value,
                  address);
-  store_wait<0>();
+  store_wait_read<0>();  // shared memory outlives the last store's reading
 }
 
 template <int kHeadDim, class T>

@@ -136,7 +136,7 @@ VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const F
   fill_rows(state.grad_query, real, 0.0f);
   store_gradient(state.grad_query, shared.first[consumer], consumer, maps.grad_query, params.grad_query,
                  address);
-  store_wait<0>();
+  store_wait_read<0>();  // shared memory outlives the last store's reading
 }
 
 template <int kHeadDim, class T>

@@ -261,7 +261,7 @@ template <class T, int kCols, int kK>
 VSA_DEVICE void multiply_again(FloatTile<kCols>& scores, SharedTile<T, 64, kK>& query,
                                SharedTile<T, kCols, kK>& key) {
   int row = tile_row(0), column = tile_column();
-  asm volatile("" : "+r"(row), "+r"(column));  // no address of this is worth a register in the loop
+  forget(row), forget(column);  // no address of this is worth a register in the loop
   zero(scores);
 #pragma unroll 1
   for (int k = 0; k < kK; k += 2) {

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "tiles/register_tile.cuh"
+#include "tiles/wgmma.cuh"
 
 namespace vsa {
 
@@ -14,20 +14,6 @@ template <class T>
 constexpr float kMostSum = std::is_same_v<T, bf16> ? 0x1p60f : 0x1p10f;
 // Beyond this, exponentials may have overflowed, and say nothing about the scores.
 constexpr float kMostExponential = 0x1p100f;
-
-// Keeps the exponentials that `sum` adds up above the caller's wait for a running product, which they are
-// meant to run beside: ptxas would move the wait up, but moves none over a store. Never stores: sums are not
-// negative, and `scale` is above 0 (which ptxas does not know).
-VSA_DEVICE void settle(const RowVector& sum, float scale) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.eq.f32 p, %0, %1;\n"
-      "@p st.shared.f32 [%2], %0;\n"
-      "}\n" ::"f"(sum.data[0] + sum.data[1]),
-      "f"(-scale), "r"(0)
-      : "memory");
-}
 
 class OnlineSoftmax {
  public:
@@ -62,7 +48,9 @@ class OnlineSoftmax {
     }
     sums.data[0] += chains[0] + chains[1];
     sums.data[1] += chains[2] + chains[3];
-    settle(sums, scale_);
+    // The exponentials are meant to run beside the caller's product. Sums are not negative and the scale is
+    // above 0, so that the two never agree; ptxas does not know.
+    keep_above_wait(sums.data[0] + sums.data[1], -scale_);
   }
 
   // Whether the reference is too low for a tile of these sums; for the whole warp alike. NaN counts as well.

@@ -23,7 +23,7 @@ VSA_DEVICE void load_async(void* destination, const CUtensorMap& map, const int3
                             &full.state);
 }
 
-// One box out; elements out of range are not written. Completion through store_commit and store_wait.
+// One box out; elements out of range are not written. Completion through store_commit and store_wait_read.
 template <int kRank>
 VSA_DEVICE void store_async(const CUtensorMap& map, const int32_t (&coordinates)[kRank], const void* source) {
   ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, coordinates, source);
@@ -40,12 +40,6 @@ VSA_DEVICE void store_commit() { ptx::cp_async_bulk_commit_group(); }
 template <int kPending>
 VSA_DEVICE void store_wait_read() {
   ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kPending>{});
-}
-
-// Until all but the newest kPending stores are in global memory.
-template <int kPending>
-VSA_DEVICE void store_wait() {
-  ptx::cp_async_bulk_wait_group(ptx::n32_t<kPending>{});
 }
 
 }  // namespace vsa

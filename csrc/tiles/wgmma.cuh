@@ -35,6 +35,19 @@ VSA_DEVICE void mma_wait(Tiles&... tiles) {
   (pin(tiles), ...);
 }
 
+// Keeps what made `value` above a later mma_wait: ptxas would move the wait up, over arithmetic that is meant
+// to run beside the products, but moves none over a store. The store is for value == `never`.
+VSA_DEVICE void keep_above_wait(float value, float never) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.eq.f32 p, %0, %1;\n"
+      "@p st.shared.f32 [%2], %0;\n"
+      "}\n" ::"f"(value),
+      "f"(never), "r"(0)
+      : "memory");
+}
+
 // The instruction takes the element type as text ("C" constraint: CUDA's inline assembly guide).
 template <class T>
 struct ElementName;
