@@ -204,6 +204,10 @@ struct Turns {
   VSA_DEVICE static void start(int consumer) {
     if (consumer == kConsumers - 1) pass(consumer);
   }
+  // After the last: takes up the arrival that nobody has waited for.
+  VSA_DEVICE static void finish(int consumer) {
+    if (consumer == 0) await(consumer);
+  }
   VSA_DEVICE static void await(int consumer) { named_barrier_sync(1 + consumer, kThreads); }
   VSA_DEVICE static void pass(int consumer) {
     named_barrier_arrive(1 + (consumer + 1 == kConsumers ? 0 : consumer + 1), kThreads);
@@ -457,6 +461,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
     int cube = task.cube(params.q_grid, consumer);
     fine_forward_epilogue(state, params, {task.batch, task.head, params.q_grid.origin(cube)}, cube);
   }
+  Turns<Kernel::kConsumers>::finish(consumer);
 }
 
 template <int kHeadDim, class T>
