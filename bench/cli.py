@@ -256,9 +256,7 @@ def _run_op(args, runner: Runner) -> None:
         if args.gates == "tensor":
             problem.gate_coarse = torch.randn_like(problem.query) * 0.1
         for direction in args.passes:
-            runner.whole_op(problem, direction)
-            if problem.kv_indices is not None:
-                runner.fine(problem, direction, ("vsa_cuda",))
+            runner.whole_op_and_fine(problem, direction)
 
 
 def _run_coarse(args, runner: Runner) -> None:

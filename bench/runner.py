@@ -44,6 +44,17 @@ class Options:
     command: str = field(default_factory=lambda: shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
 
 
+@dataclass
+class _Case:
+    """A problem in one direction, with the work and verdict of each backend that passed its check."""
+
+    op: str
+    problem: Problem
+    direction: str
+    checked: dict[Backend, tuple[Work, Verdict]] = field(default_factory=dict)
+    failed: list[Row] = field(default_factory=list)
+
+
 class Runner:
     """Runs cases and keeps their rows. `failed` is True once a case has missed its tolerance or raised."""
 
@@ -109,15 +120,34 @@ class Runner:
 
     def fine(self, problem: Problem, direction: str, only: tuple[str, ...] | None = None) -> list[Row]:
         """The fine stage over the problem's lists, against dense attention over everything."""
-        problem = replace(problem, gate_fine=1.0, gate_coarse=0.0)
-        return self._case("fine", problem, direction, Backend.fine.__name__, only)
+        return self._time_cases([self._fine_case(problem, direction, only)])
 
     def whole_op(self, problem: Problem, direction: str, only: tuple[str, ...] | None = None) -> list[Row]:
         """The whole op. Leaves its selection in `problem`: `fine` afterwards runs on the same lists."""
-        return self._case("op", problem, direction, Backend.whole_op.__name__, only)
+        return self._time_cases([self._op_case(problem, direction, only)])
 
-    def _case(self, op, problem, direction, method, only) -> list[Row]:
-        works, verdicts, rows = {}, {}, []
+    def whole_op_and_fine(
+        self, problem: Problem, direction: str, only: tuple[str, ...] | None = None
+    ) -> list[Row]:
+        """The whole op and this package's fine stage alone on the op's own selection.
+
+        In one loop: the difference of the two means something only at the same clocks, and peers draw power.
+        """
+        cases = [self._op_case(problem, direction, only)]
+        if problem.kv_indices is not None:
+            cases.append(self._fine_case(problem, direction, ("vsa_cuda",)))
+        return self._time_cases(cases)
+
+    def _fine_case(self, problem, direction, only) -> "_Case":
+        problem = replace(problem, gate_fine=1.0, gate_coarse=0.0)
+        return self._prepare("fine", problem, direction, Backend.fine.__name__, only)
+
+    def _op_case(self, problem, direction, only) -> "_Case":
+        return self._prepare("op", problem, direction, Backend.whole_op.__name__, only)
+
+    def _prepare(self, op, problem, direction, method, only) -> "_Case":
+        """Builds and checks a case on every backend."""
+        case = _Case(op, problem, direction)
         for backend in self.backends:
             if only is not None and backend.name not in only:
                 continue
@@ -129,26 +159,37 @@ class Runner:
                 continue
             except Exception as error:  # whatever a peer raises is a failed case, not the end of the run
                 self.console.print_exception(max_frames=8)
-                rows.append(self._failed_row(op, problem, direction, backend, None, describe_error(error)))
+                note = describe_error(error)
+                case.failed.append(self._failed_row(op, problem, direction, backend, None, note))
                 continue
             if verdict.ok:
-                works[backend], verdicts[backend] = work, verdict
+                case.checked[backend] = work, verdict
             else:
-                rows.append(
-                    self._failed_row(op, problem, direction, backend, verdict, "; ".join(verdict.messages))
-                )
-        calls = {backend.name: _call(work, direction) for backend, work in works.items()}
+                note = "; ".join(verdict.messages)
+                case.failed.append(self._failed_row(op, problem, direction, backend, verdict, note))
+        return case
+
+    def _time_cases(self, cases: list["_Case"]) -> list[Row]:
+        calls = {
+            f"{case.op} {backend.name}": _call(work, case.direction)
+            for case in cases
+            for backend, (work, _) in case.checked.items()
+        }
         before = gpu_state(self.device)
         timings = self.time(calls)
         machine = states(before, gpu_state(self.device))
-        timed = [
-            self._timed_row(
-                op, problem, direction, backend, works[backend], verdict, timings[backend.name], machine
-            )
-            for backend, verdict in verdicts.items()
-        ]
-        against_dense(timed)
-        return self.record(timed + rows)
+        rows = []
+        for case in cases:
+            timed = [
+                self._timed_row(
+                    case.op, case.problem, case.direction, backend, work, verdict,
+                    timings[f"{case.op} {backend.name}"], machine,
+                )
+                for backend, (work, verdict) in case.checked.items()
+            ]  # fmt: skip
+            against_dense(timed)
+            rows += timed + case.failed
+        return self.record(rows)
 
     def time(self, calls: dict[str, Callable]) -> dict[str, Timing]:
         options = self.options

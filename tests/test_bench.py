@@ -296,10 +296,24 @@ def test_a_failing_case_is_not_timed(broken, words, monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(backends, "Vsa", broken)
     file = tmp_path / "rows.json"
     assert cli.main(["fine", "--cpu", "--budget", "0.01", "--passes", "fwd", "--json", str(file)]) == 1
-    assert timed == [{"torch"}]
+    assert timed == [{"fine torch"}]
     failed = next(row for row in rows.read_json(file) if row.backend == "vsa_cuda")
     assert failed.status == "failed" and failed.ms_median is None and words in failed.note
     assert "failed" in capsys.readouterr().out
+
+
+def test_the_op_and_its_fine_stage_are_timed_in_one_loop(monkeypatch, tmp_path):
+    timed = []
+    real = timing.interleave
+    monkeypatch.setattr(
+        "bench.runner.interleave", lambda calls, *a, **k: timed.append(set(calls)) or real(calls, *a, **k)
+    )
+    file = tmp_path / "rows.json"
+    assert cli.main(["op", "--cpu", "--budget", "0.01", "--passes", "fwd", "--json", str(file)]) == 0
+    assert timed == [{"op vsa_cuda", "op torch", "fine vsa_cuda"}]
+    assert {(row.op, row.backend) for row in rows.read_json(file)} == {
+        ("op", "vsa_cuda"), ("op", "torch"), ("fine", "vsa_cuda"),
+    }  # fmt: skip
 
 
 # Timing, machine, command line

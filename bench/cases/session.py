@@ -50,14 +50,12 @@ def _fine(shape: str, pattern: str, direction: str, only: tuple[str, ...] | None
 
 
 def _op(shape: str, pattern: str, direction: str, only: tuple[str, ...] | None = None) -> Case:
-    """The whole op, then the fine stage alone on the op's own selection."""
+    """The whole op, and the fine stage alone on the op's own selection."""
 
     def run(runner: Runner, video: VideoSource):
         problem = make_problem(SHAPES[shape], pattern, device=runner.device, video=video, with_lists=False)
         problem.gate_coarse = problem.gate_fine = None
-        runner.whole_op(problem, direction, only)
-        if problem.kv_indices is not None:
-            runner.fine(problem, direction, ("vsa_cuda",))
+        runner.whole_op_and_fine(problem, direction, only)
 
     return Case(f"op {shape} {pattern} {direction}", run)
 
