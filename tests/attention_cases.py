@@ -106,6 +106,25 @@ class Case:
         )  # fmt: skip
 
 
+def random_case(trial, seed):
+    """Any shape, cube, dtype, layout and kind of lists, query and key grids unlike."""
+    g = torch.Generator().manual_seed(1000 * seed + trial)
+    cubes = [(4, 4, 4), (1, 8, 8), (2, 4, 8), (8, 8, 1), (1, 1, 64), (64, 1, 1)]
+
+    def pick(*choices):
+        return choices[torch.randint(len(choices), (), generator=g)]
+
+    def shape():
+        return tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (7, 11, 13))
+
+    return Case(
+        shape(), pick(*cubes), shape(), pick(*cubes), batch=pick(1, 2), heads=pick(1, 2),
+        head_dim=pick(64, 128), dtype=pick(torch.bfloat16, torch.float16),
+        layout=pick("bshd", "bhsd", "packed"), topk=pick(1, 2, 4),
+        lists=pick("random", "dense", "empty", "disjoint"), seed=1000 * seed + trial,
+    )  # fmt: skip
+
+
 LINEAR = (1, 1, 64)
 EDGE_CASES = [
     Case((1, 1, 1), head_dim=128),

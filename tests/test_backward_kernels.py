@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from attention_cases import EDGE_CASES, LINEAR, Case
+from attention_cases import EDGE_CASES, LINEAR, Case, random_case
 from inputs import random_index
-from simulated import run_simulated
+from simulated import run_simulated, simulated_device
 from tolerance import assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
@@ -252,22 +252,31 @@ def test_fine_backward_equals_reference(case, run):
 
 @pytest.mark.parametrize("trial", range(4))
 def test_fine_backward_of_random_shapes(trial, run, seed):
-    g = torch.Generator().manual_seed(1000 * seed + trial)
-    cubes = [(4, 4, 4), (1, 8, 8), (2, 4, 8), (8, 8, 1), (1, 1, 64), (64, 1, 1)]
+    case = random_case(trial, seed)
+    check_fine_backward(run, case)
 
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=g)]
 
-    def shape():
-        return tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (7, 11, 13))
+@pytest.mark.simulator
+def test_tiles_that_several_cubes_need_are_loaded_once(seed):
+    """Two query and four key blocks, each with each other: all of one CTA's consumers need every tile."""
+    reports = []
+
+    def simulated(function, *arguments):
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        with simulated_device(*tensors, seed=seed) as device:
+            results = function(*arguments)
+        reports[:] = device.reports
+        return results
 
     case = Case(
-        shape(), pick(*cubes), shape(), pick(*cubes), batch=pick(1, 2), heads=pick(1, 2),
-        head_dim=pick(64, 128), dtype=pick(torch.bfloat16, torch.float16), topk=pick(1, 2, 4),
-        layout=pick("bshd", "bhsd", "packed"), lists=pick("random", "dense", "empty", "disjoint"),
-        seed=1000 * seed + trial,
-    )  # fmt: skip
-    check_fine_backward(run, case)
+        (1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 256), kv_cube=LINEAR, head_dim=128, lists="dense", seed=seed
+    )
+    check_fine_backward(simulated, case)
+    panels, keys_pass, queries_pass = 2, *reports
+    # Two CTAs of two cubes: K and V, then Q and dO with a row each of LSE and delta, then dK and dV.
+    assert keys_pass.async_copies == 2 * (2 * 2 * panels + 2 * (2 * panels + 2) + 2 * 2 * panels)
+    # One CTA of two cubes: Q and dO, then K and V, then dQ.
+    assert queries_pass.async_copies == 2 * 2 * panels + 4 * 2 * panels + 2 * panels
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_cases import LINEAR, Case
+from called_ops import CalledOps
 from inputs import random_video
 from tolerance import assert_within_tolerance, half_precision_baseline
 from vsa_cuda import reference, video_sparse_attention
@@ -94,19 +94,6 @@ def test_gradcheck(seed):
         )
 
     assert torch.autograd.gradcheck(function, (q, k, v, coarse, fine), fast_mode=True)
-
-
-class CalledOps(TorchDispatchMode):
-    """Names of the vsa_cuda ops that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vsa_cuda":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("gate_coarse", [None, 0.0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_cases import EDGE_CASES, LINEAR, Case
+from attention_cases import EDGE_CASES, LINEAR, Case, random_case
 from simulated import simulated_device
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
@@ -52,21 +52,7 @@ def test_fine_forward_equals_reference(case, seed):
 
 @pytest.mark.parametrize("trial", range(6))
 def test_random_shapes(trial, seed):
-    g = torch.Generator().manual_seed(1000 * seed + trial)
-    cubes = [(4, 4, 4), (1, 8, 8), (2, 4, 8), (8, 8, 1), (1, 1, 64), (64, 1, 1)]
-
-    def pick(*choices):
-        return choices[torch.randint(len(choices), (), generator=g)]
-
-    def shape():
-        return tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (7, 11, 13))
-
-    case = Case(
-        shape(), pick(*cubes), shape(), pick(*cubes), batch=pick(1, 2), heads=pick(1, 2),
-        head_dim=pick(64, 128), dtype=pick(torch.bfloat16, torch.float16),
-        layout=pick("bshd", "bhsd", "packed"), topk=pick(1, 2, 4),
-        lists=pick("random", "dense", "empty", "disjoint"), seed=1000 * seed + trial,
-    )  # fmt: skip
+    case = random_case(trial, seed)
     out, _, lse = run(case, seed)
     check(case, out, lse)
 
@@ -89,6 +75,16 @@ def first_schedule(head_dim, seed):
     if head_dim not in _first:
         _first[head_dim] = run(Case((4, 6, 13), head_dim=head_dim, topk=3, seed=seed), 7)
     return _first[head_dim]
+
+
+def test_what_several_cubes_chose_is_loaded_once(seed):
+    """Lists {0..3, 4, 5} and {0..3, 6, 7} of one CTA: eight blocks of keys and of values, and two of queries."""
+    case = Case((1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 64 * 8), kv_cube=LINEAR, topk=6, seed=seed)
+    case.kv_indices[0, 0] = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7]])
+    tensors = [x for x in case.fine_arguments if isinstance(x, torch.Tensor)]
+    with simulated_device(*tensors, seed=seed) as device:
+        _kernels.fine_forward(*case.fine_arguments)
+    assert device.reports[0].async_copies == 2 + 2 * 8
 
 
 def test_lists_far_apart_do_not_deadlock(seed):

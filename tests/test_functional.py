@@ -4,25 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from called_ops import CalledOps
 from inputs import attended, dense_attention, random_index, random_tokens, random_video
 from vsa_cuda import block_sparse_attention, checks, topk_from_sparsity, video_sparse_attention
 from vsa_cuda.geometry import CubeGrid
 
 SHAPE = (5, 6, 7)
 GRID = CubeGrid(SHAPE)
-
-
-class CalledOps(TorchDispatchMode):
-    """Names of the vsa_cuda ops that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vsa_cuda":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 def coarse_output(query, key, value, grid, scale):
