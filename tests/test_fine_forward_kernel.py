@@ -78,7 +78,7 @@ def first_schedule(head_dim, seed):
 
 
 def test_what_several_cubes_chose_is_loaded_once(seed):
-    """Lists {0..3, 4, 5} and {0..3, 6, 7} of one CTA: eight blocks of keys and of values, and two of queries."""
+    """Lists {0..3, 4, 5} and {0..3, 6, 7} of one CTA: two blocks of queries, eight of keys and of values."""
     case = Case((1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 64 * 8), kv_cube=LINEAR, topk=6, seed=seed)
     case.kv_indices[0, 0] = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7]])
     tensors = [x for x in case.fine_arguments if isinstance(x, torch.Tensor)]
