@@ -9,6 +9,7 @@
 #include "launch/plan_fine_backward.h"
 #include "launch/plan_fine_forward.h"
 #include "launch/plan_pool.h"
+#include "launch/plan_schedule.h"
 #include "launch/plan_select.h"
 #include "launch/plan_transpose_index.h"
 
@@ -43,12 +44,11 @@ TokenTensor token_tensor(uint64_t address, std::array<int64_t, 4> shape, std::ar
 LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const TokenTensor& value,
                         const TokenTensor& out, const TokenTensor& out_fine, bool store_out_fine,
                         const CubeGrid& q_grid, const CubeGrid& kv_grid, const CubeGrid& coarse_grid,
-                        const StridedTensor& kv_num_blocks, const StridedTensor& kv_indices,
-                        uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t coarse,
+                        const Schedule& schedule, uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t coarse,
                         const Gate& gate_fine, const Gate& gate_coarse, double scale, int num_sms) {
   FineForwardArguments arguments{query,          key,    value,   out,        out_fine,
                                  store_out_fine, q_grid, kv_grid, coarse_grid};
-  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
+  arguments.schedule = schedule;
   arguments.block_sizes = block_sizes;
   arguments.q_block_sizes = q_block_sizes;
   arguments.lse = lse;
@@ -95,17 +95,14 @@ LaunchPlan combine_backward(const TokenTensor& grad_out, const TokenTensor& out_
 FineBackwardArguments fine_backward_arguments(
     const TokenTensor& query, const TokenTensor& key, const TokenTensor& value, const TokenTensor& grad_out,
     const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
-    const CubeGrid& q_grid, const CubeGrid& kv_grid, const StridedTensor& kv_num_blocks,
-    const StridedTensor& kv_indices, uint64_t q_offsets, uint64_t q_indices, int64_t q_indices_per_head,
+    const CubeGrid& q_grid, const CubeGrid& kv_grid, const Schedule& kv_schedule, const Schedule& q_schedule,
     uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t dq_pooled,
     uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid,
-    double scale) {
+    double scale, int num_sms) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
                                   grad_key, grad_value, q_grid, kv_grid};
-  arguments.lists = make_block_lists(kv_num_blocks, kv_indices, kv_grid.num_cubes());
-  arguments.q_offsets = q_offsets;
-  arguments.q_indices = q_indices;
-  arguments.q_indices_per_head = q_indices_per_head;
+  arguments.kv_schedule = kv_schedule;
+  arguments.q_schedule = q_schedule;
   arguments.block_sizes = block_sizes;
   arguments.q_block_sizes = q_block_sizes;
   arguments.lse = lse;
@@ -116,6 +113,20 @@ FineBackwardArguments fine_backward_arguments(
   arguments.pooled_q_grid = pooled_q_grid;
   arguments.pooled_kv_grid = pooled_kv_grid;
   arguments.scale = scale;
+  arguments.num_sms = num_sms;
+  return arguments;
+}
+
+ScheduleArguments schedule_arguments(const std::string& pass, int64_t batch, int64_t heads, int64_t head_dim,
+                                     const CubeGrid& grid, const CubeGrid& listed_grid, uint64_t block_sizes,
+                                     const StridedTensor& counts, const StridedTensor& entries,
+                                     int64_t max_blocks, uint64_t offsets, uint64_t compressed_entries,
+                                     int64_t entries_per_head) {
+  ScheduleArguments arguments{fine_pass(pass), batch, heads, head_dim, grid, listed_grid, block_sizes};
+  arguments.lists = make_block_lists(counts, entries, listed_grid.num_cubes());
+  arguments.max_blocks = max_blocks;
+  arguments.compressed = {pointer<const int32_t>(offsets), pointer<const int32_t>(compressed_entries),
+                          entries_per_head};
   return arguments;
 }
 
@@ -172,9 +183,21 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Gate>(m, "Gate").def(py::init(&make_gate), py::kw_only(), "values"_a, "scalar"_a, "factor"_a);
 
+  py::class_<Schedule>(m, "Schedule").def(py::init<>(), "Every block has all blocks.");
+  py::class_<ScheduleArguments>(m, "ScheduleArguments")
+      .def(py::init(&schedule_arguments), py::kw_only(), "kernel"_a, "batch"_a, "heads"_a, "head_dim"_a,
+           "grid"_a, "listed_grid"_a, "block_sizes"_a, "counts"_a, "entries"_a, "max_blocks"_a, "offsets"_a,
+           "compressed_entries"_a, "entries_per_head"_a)
+      .def_property_readonly("num_stages", &num_stages)
+      .def_property_readonly("num_tasks", &num_tasks)
+      .def_readwrite("stages", &ScheduleArguments::stages)
+      .def_readwrite("stage_counts", &ScheduleArguments::counts)
+      .def_property_readonly("schedule", &make_schedule);
+  m.def("plan_schedule", &plan_schedule, "arguments"_a);
+
   m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a,
-        "out_fine"_a, "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "coarse_grid"_a, "kv_num_blocks"_a,
-        "kv_indices"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
+        "out_fine"_a, "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "coarse_grid"_a, "schedule"_a,
+        "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
         "gate_coarse"_a, "scale"_a, "num_sms"_a);
 
   m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
@@ -189,10 +212,11 @@ PYBIND11_MODULE(_C, m) {
         "scalar_coarse"_a);
   py::class_<FineBackwardArguments>(m, "FineBackwardArguments")
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
-           "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_num_blocks"_a,
-           "kv_indices"_a, "q_offsets"_a, "q_indices"_a, "q_indices_per_head"_a, "block_sizes"_a,
+           "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,
+           "q_schedule"_a, "block_sizes"_a,
            "q_block_sizes"_a, "lse"_a, "delta"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
-           "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a);
+           "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a,
+           "num_sms"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
   m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);
 

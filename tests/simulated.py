@@ -18,10 +18,9 @@ CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 @functools.cache
 def kernel_ptx(kernel: str) -> str:
     """PTX of the file in csrc/launch that instantiates `kernel`."""
-    path = CSRC / "launch" / f"{kernel.rsplit('_', 1)[0]}.cu"
-    if not path.exists():
-        path = CSRC / "launch" / f"{kernel}.cu"
-    return compile_ptx(path, include_dirs=[CSRC])
+    words = kernel.split("_")
+    paths = [CSRC / "launch" / f"{'_'.join(words[:count])}.cu" for count in range(len(words), 0, -1)]
+    return compile_ptx(next(path for path in paths if path.exists()), include_dirs=[CSRC])
 
 
 class SimulatedDevice:

@@ -272,11 +272,11 @@ def test_tiles_that_several_cubes_need_are_loaded_once(seed):
         (1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 256), kv_cube=LINEAR, head_dim=128, lists="dense", seed=seed
     )
     check_fine_backward(simulated, case)
-    panels, keys_pass, queries_pass = 2, *reports
-    # Two CTAs of two cubes: K and V, then Q and dO with a row each of LSE and delta, then dK and dV.
-    assert keys_pass.async_copies == 2 * (2 * 2 * panels + 2 * (2 * panels + 2) + 2 * 2 * panels)
-    # One CTA of two cubes: Q and dO, then K and V, then dQ.
-    assert queries_pass.async_copies == 2 * 2 * panels + 4 * 2 * panels + 2 * panels
+    panels, keys_pass, queries_pass = 2, *reports[2:]  # after two schedules
+    # Two tasks of two cubes: K and V, then Q and dO with a row each of LSE and delta.
+    assert keys_pass.async_copies == 2 * (2 * 2 * panels + 2 * (2 * panels + 2))
+    # One task of two cubes: Q and dO, then K and V.
+    assert queries_pass.async_copies == 2 * 2 * panels + 4 * 2 * panels
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -374,10 +374,9 @@ def backward_plans(video=(9, 7, 6), head_dim=128, heads=3, batch=2, **changes):
     strides = (tokens * heads * head_dim, heads * head_dim, head_dim, 1)
     shape = (batch, tokens, heads, head_dim)
     tensor = C.TokenTensor(address=1 << 20, shape=shape, strides=strides, dtype="bfloat16")
-    lists = [C.StridedTensor(address=1 << 20, strides=[1] * rank) for rank in (3, 4)]
     arguments = {
-        "kv_num_blocks": lists[0], "kv_indices": lists[1], "scale": 0.1, "q_offsets": 1 << 20,
-        "q_indices": 1 << 20, "q_indices_per_head": 5, "lse": 1 << 20, "delta": 1 << 20,
+        "kv_schedule": C.Schedule(), "q_schedule": C.Schedule(), "scale": 0.1, "lse": 1 << 20,
+        "delta": 1 << 20, "num_sms": 132,
     }  # fmt: skip
     grids = ("q_grid", "kv_grid", "pooled_q_grid", "pooled_kv_grid")
     tensors = ("query", "key", "value", "grad_out", "grad_query", "grad_key", "grad_value")

@@ -65,14 +65,48 @@ def pool(query, key, value, video_shape, cube):
     return pooled
 
 
-def _attend(
-    query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks=None, kv_indices=None,
-    block_sizes=None, q_block_sizes=None, out_fine=None, coarse=None, gate_fine=(None, 1.0),
-    gate_coarse=(None, 0.0), coarse_grid=None,
-):  # fmt: skip
-    """One launch of the fine forward kernel. Without kv_indices every query block attends to all keys."""
+def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), compressed=(None, None)):
+    """The stages in which a fine kernel works through its block lists: a _C.Schedule and the tensors it lies in.
+
+    The blocks of `grid` have lists of blocks of `listed_grid`, as counts [B, H, N], entries [B, H, N, max] or
+    compressed as transpose_index gives them; with neither, all blocks.
+    """
     C = _extension.load()
-    # The second of each pair keeps a converted gate alive until the launch is on the stream.
+    counts, entries = lists
+    offsets, compressed_entries = compressed
+    if entries is None and offsets is None:
+        return C.Schedule(), ()
+    arguments = C.ScheduleArguments(
+        kernel=kernel,
+        batch=like.shape[0],
+        heads=like.shape[2],
+        head_dim=like.shape[3],
+        grid=grid,
+        listed_grid=listed_grid,
+        block_sizes=_address(block_sizes),
+        counts=_strided(counts),
+        entries=_strided(entries),
+        max_blocks=0 if entries is None else entries.shape[3],
+        offsets=_address(offsets),
+        compressed_entries=_address(compressed_entries),
+        entries_per_head=0 if offsets is None else compressed_entries.shape[2],
+    )
+    stages = like.new_empty((arguments.num_stages, 2), dtype=torch.int32)
+    stage_counts = like.new_empty(arguments.num_tasks, dtype=torch.int32)
+    arguments.stages, arguments.stage_counts = stages.data_ptr(), stage_counts.data_ptr()
+    _extension.launch(C.plan_schedule(arguments), like)
+    return arguments.schedule, (stages, stage_counts)
+
+
+def _attend(
+    query, key, value, out, lse, q_grid, kv_grid, scale, lists=(None, None), block_sizes=None,
+    q_block_sizes=None, out_fine=None, coarse=None, gate_fine=(None, 1.0), gate_coarse=(None, 0.0),
+    coarse_grid=None,
+):  # fmt: skip
+    """The fine forward kernel. Without lists every query block attends to all keys."""
+    C = _extension.load()
+    schedule, _kept_schedule = _schedule("fine_forward", query, q_grid, kv_grid, block_sizes, lists)
+    # The second of each pair keeps tensors alive until the launch is on the stream.
     fine, _kept_fine = _gate(*gate_fine)
     combined, _kept_coarse = _gate(*gate_coarse)
     plan = C.plan_fine_forward(
@@ -85,8 +119,7 @@ def _attend(
         q_grid=q_grid,
         kv_grid=kv_grid,
         coarse_grid=q_grid if coarse_grid is None else coarse_grid,
-        kv_num_blocks=_strided(kv_num_blocks),
-        kv_indices=_strided(kv_indices),
+        schedule=schedule,
         block_sizes=_address(block_sizes),
         q_block_sizes=_address(q_block_sizes),
         lse=lse.data_ptr(),
@@ -113,7 +146,7 @@ def fine_forward(
     combined = coarse is not None or gate_fine is not None or gate_fine_value != 1.0
     out_fine = query.new_empty(query.shape) if combined and with_out_fine else None
     _attend(
-        query, key, value, out, lse, q_grid, kv_grid, scale, kv_num_blocks, kv_indices, block_sizes,
+        query, key, value, out, lse, q_grid, kv_grid, scale, (kv_num_blocks, kv_indices), block_sizes,
         q_block_sizes, out_fine, coarse, (gate_fine, gate_fine_value), (gate_coarse, gate_coarse_value),
         _coarse_grid(coarse_shape, coarse_cube, q_grid),
     )  # fmt: skip
@@ -262,10 +295,13 @@ def _differentiate(
 ):  # fmt: skip
     """dK and dV, then dQ, into `gradients` (q, k, v). Without lists all pairs of blocks."""
     C = _extension.load()
-    kv_num_blocks, kv_indices = lists
-    # Named, so that a packed copy lives until both launches are on the stream.
+    # Named, so that a packed copy and a schedule live until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
     q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = kept
+    kv_schedule, _kept_kv = _schedule(
+        "fine_backward_kv", query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
+    )
+    q_schedule, _kept_q = _schedule("fine_backward_q", query, q_grid, kv_grid, sizes[0], lists)
     pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     arguments = C.FineBackwardArguments(
         query=_tokens(query),
@@ -277,11 +313,8 @@ def _differentiate(
         grad_value=_tokens(gradients[2]),
         q_grid=q_grid,
         kv_grid=kv_grid,
-        kv_num_blocks=_strided(kv_num_blocks),
-        kv_indices=_strided(kv_indices),
-        q_offsets=_address(q_offsets),
-        q_indices=_address(q_indices),
-        q_indices_per_head=0 if q_indices is None else q_indices.shape[2],
+        kv_schedule=kv_schedule,
+        q_schedule=q_schedule,
         block_sizes=_address(sizes[0]),
         q_block_sizes=_address(sizes[1]),
         lse=_address(lse),
@@ -292,6 +325,7 @@ def _differentiate(
         pooled_q_grid=pooled_q_grid,
         pooled_kv_grid=pooled_kv_grid,
         scale=scale,
+        num_sms=_extension.num_sms(query.device),
     )
     _extension.launch(C.plan_fine_backward_kv(arguments), query)
     _extension.launch(C.plan_fine_backward_q(arguments), query)

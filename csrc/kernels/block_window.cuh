@@ -8,8 +8,7 @@ namespace vsa {
 template <int kLists>
 class BlockWindow {
  public:
-  // A list of `count` blocks from `first` on, or blocks 0 to count - 1 where `first` is null. All lists are
-  // started before the first load().
+  // A list of `count` blocks from `first` on. All lists are started before the first load().
   VSA_DEVICE void start(int list, const int32_t* first, int count) {
     first_[list] = first;
     count_[list] = count;
@@ -17,15 +16,15 @@ class BlockWindow {
   }
 
   // The next 32 entries of each list and the sets of lists that hold them, a bit a list. A set is 0 beyond
-  // the list, and where a lower list holds the block: every block comes once.
+  // the list (the block too), and where a lower list holds the block: every block comes once.
   VSA_DEVICE void load(int (&block)[kLists], uint32_t (&set)[kLists]) {
     if (position_ == 0) touch();
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
       int index = position_ + lane_id();
-      set[i] = 0;
+      block[i] = set[i] = 0;
       if (index >= count_[i]) continue;
-      block[i] = first_[i] ? __ldg(first_[i] + index) : index;
+      block[i] = __ldg(first_[i] + index);
       set[i] = 1u << i;
 #pragma unroll
       for (int j = 0; j < kLists; j++) {
@@ -51,7 +50,7 @@ class BlockWindow {
     int entry = lane_id() * kLineEntries;
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
-      if (first_[i] && entry < count_[i]) keep(__ldg(first_[i] + entry));
+      if (entry < count_[i]) keep(__ldg(first_[i] + entry));
     }
   }
 
@@ -59,7 +58,6 @@ class BlockWindow {
   VSA_DEVICE bool contains(int list, int block) const {
     const int32_t* first = first_[list];
     int count = count_[list];
-    if (!first) return block < count;
     if (count == 0) return false;
     int low = 0;
     for (int size = count; size > 1;) {

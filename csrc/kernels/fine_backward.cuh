@@ -3,120 +3,105 @@
 //   P = exp2(scale_log2 S - log2(e) LSE)     dP = dO V^T     dS = P (dP - delta)
 //   dV += P^T dO     dK += dS^T Q     dQ += dS K     and at the end dK, dQ times scale
 //
-// A pass keeps what belongs to a consumer's cube and walks a ring of the other side's tiles. No reduction
-// between CTAs, so every run gives the same bits; S and dP are computed twice for that, 7 matrix products
-// instead of 5.
+// A pass keeps what belongs to a consumer's cube (two resident tiles) and walks two rings of the other side's
+// tiles, in the order of its schedule. No reduction between CTAs, so every run gives the same bits; S and dP
+// are computed twice for that, 7 matrix products instead of 5.
+//
+// A CTA takes task after task. Three producer warps load: one the first ring, one the second, one the resident
+// tiles of the next task.
 #pragma once
 
 #include "kernels/fine_backward_params.h"
-#include "kernels/member_ring.cuh"
+#include "kernels/tile_ring.cuh"
+#include "kernels/token_rows.cuh"
 #include "tiles/wgmma.cuh"
 
 namespace vsa {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <int kHeadDim_, class T_, int kConsumers_, class Info>
+template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class FirstExtra,
+          class SecondExtra>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kStages = fine_backward_stages(kHeadDim);
-  // The producer's are enough to keep its lists and coordinates.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 80;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 144;
+  static constexpr int kConsumers = kBackwardConsumers;
+  static constexpr int kStageBlocks = kStageBlocks_;
+  static constexpr int kStageTokens = kStageBlocks * kCubeTokens;
+  static constexpr BackwardStages kStages = kStages_;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;  // with the producers' 504 of a lane of each warpgroup
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
-  using Ring = MemberRing<Tile, kStages, kConsumers, Info>;
+  using StageTile = SharedTile<T, kStageTokens, kHeadDim>;
+  using FirstRing = TileRing<StageTile, kStages.first, kConsumers, FirstExtra>;
+  using SecondRing = TileRing<StageTile, kStages.second, kConsumers, SecondExtra>;
+  using Run = StageRun<kStageBlocks>;
+  struct Resident {
+    Tile first, second;
+  };
   struct Shared {
-    Tile first[kConsumers], second[kConsumers];  // of each consumer's cube; later the gradients
-    Ring ring;
+    Resident resident[kConsumers];
+    FirstRing first;
+    SecondRing second;
+    Barrier resident_full[kConsumers];   // the producer's arrival and the bytes of both tiles
+    Barrier resident_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
   };
 };
 
-// What a CTA works on: the cubes at `cubes` positions from `first` on, of one head, in the order along time.
-template <int kConsumers>
-struct FineBackwardTask {
-  int batch, head, first, cubes;
-
-  VSA_DEVICE FineBackwardTask(const CubeGrid& grid, int heads) {
-    int groups = ceil_div(grid.num_cubes(), kConsumers);
-    int row = blockIdx.x / groups;
-    batch = row / heads;
-    head = row % heads;
-    first = (blockIdx.x - row * groups) * kConsumers;
-    cubes = min(kConsumers, grid.num_cubes() - first);
-  }
-
-  VSA_DEVICE int cube(const CubeGrid& grid, int consumer) const {
-    return grid.cube_along_time(first + consumer);
-  }
-  VSA_DEVICE CubeAddress address(const CubeGrid& grid, int cube) const {
-    return {batch, head, grid.origin(cube)};
-  }
+// One map of the copy engine with its coordinates.
+struct MappedTokens {
+  const CUtensorMap& map;
+  const CubeCoordinates& at;
 };
 
-// One thread of the producer: the tiles that a consumer keeps.
-template <class Shared>
-VSA_DEVICE void load_resident(Shared& shared, int consumer, const CUtensorMap& first_map,
-                              const CubeCoordinates& first_at, const CUtensorMap& second_map,
-                              const CubeCoordinates& second_at, const CubeAddress& cube) {
-  Barrier& resident = shared.ring.resident[consumer];
-  resident.arrive_expect(2 * sizeof(shared.first[consumer]));
-  load_cube(shared.first[consumer], first_map, first_at, cube, resident);
-  load_cube(shared.second[consumer], second_map, second_at, cube, resident);
+template <class Kernel>
+VSA_DEVICE Task fine_backward_task(const FineBackwardParams& params, int index) {
+  return task_at<Kernel::kConsumers>(Kernel::grid(params), params.heads, index);
 }
 
-constexpr int kNone = -1;
+template <class Kernel>
+VSA_DEVICE typename Kernel::Run fine_backward_run(const FineBackwardParams& params, const Task& task,
+                                                  int index) {
+  return stage_run<Kernel::kConsumers, Kernel::kStageBlocks>(params.schedule, Kernel::grid(params),
+                                                             Kernel::listed(params), task, index);
+}
 
-// A consumer's way round the ring: step(stage, pending) for each stage that it is a member of. Its last
-// products may stay in flight and hold the stage, which is pending until the next step has waited for them
-// and released it (kNone: nothing is). A stage that has not landed is time to finish what is pending, so that
-// loads find room in the ring whatever the lists. `finish` waits for the products.
-template <class Ring, class Step, class Finish>
-VSA_DEVICE void walk_ring(Ring& ring, int consumer, Step step, Finish finish) {
-  RingPosition<Ring::kPlaces> at;
-  int pending = kNone;
-  auto wait = [&ring, &finish, &pending](Barrier& barrier, uint32_t phase) {
-    if (__all_sync(0xffffffffu, barrier.test(phase))) return;
-    finish();
-    if (pending != kNone) ring.release(pending);
-    pending = kNone;
-    barrier.wait(phase);
-  };
-  while (true) {
-    wait(ring.listed[consumer][at.stage], at.phase);
-    const auto& entry = ring.queue[consumer][at.stage];
-    int stage = __shfl_sync(0xffffffffu, entry.stage, 0);  // one address for the whole warp
-    if (stage == Ring::kEnd) break;
-    wait(ring.full[stage], entry.phase);
-    pending = step(stage, pending);
-    at.advance();
+// The warp that loads the tiles which consumers keep.
+template <class Kernel>
+VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, const MappedTokens& first,
+                                            const MappedTokens& second, const FineBackwardParams& params) {
+  uint32_t phases = 0;  // a bit a consumer
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    Task task = fine_backward_task<Kernel>(params, index);
+    for (int i = 0; i < task.blocks; i++) {
+      shared.resident_empty[i].wait(phases >> i & 1 ^ 1);
+      phases ^= 1u << i;
+      if (elect_one()) {
+        const CubeGrid& grid = Kernel::grid(params);
+        CubeAddress cube = task.address(grid, task.block(grid, i));
+        Barrier& full = shared.resident_full[i];
+        full.arrive_expect(sizeof(shared.resident[i]));
+        load_cube(shared.resident[i].first, first.map, first.at, cube, full);
+        load_cube(shared.resident[i].second, second.map, second.at, cube, full);
+      }
+      __syncwarp();
+    }
   }
-  finish();
 }
 
-VSA_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-VSA_DEVICE uint32_t bits_of(uint32_t x) { return x; }
-
-// Keeps what stands above from mixing with what stands below: ptxas spreads matrix products among arithmetic
-// that is meant to run beside them, but moves nothing over a branch. Never taken. kPlace, from 1 on: another
-// for each in a function, or the compiler sees that only the first can be.
-template <int kPlace>
-VSA_DEVICE void keep_apart(int stage) {
-  if (stage == -2 - kPlace) __trap();
-}
-
-// Keeps what made `tile` above this place. ptxas moves a wait for matrix products that stands here up, though
-// the work above is meant to run beside those products; it moves nothing over a branch that depends on all of
-// it. Never taken: the plan lets no infinite scale pass. By vote, so that the warp stays converged and
-// addresses uniform.
-template <class Tile>
-VSA_DEVICE void settle(const Tile& tile, float scale_log2) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < tile.kRegisters; i++) bits |= bits_of(tile.data[i]);
-  if (__any_sync(0xffffffffu, bits == 0xffffffffu) && scale_log2 == INFINITY) __trap();
+// A warp that fills one ring; load(task, run, stage, slot, full) as TileProducer's.
+template <class Kernel, class Ring, class Load>
+VSA_DEVICE void fine_backward_fill(Ring& ring, const FineBackwardParams& params, Load load) {
+  TileProducer<Ring, Kernel::kStageBlocks> producer(ring);
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    Task task = fine_backward_task<Kernel>(params, index);
+    typename Kernel::Run run = fine_backward_run<Kernel>(params, task, index);
+    auto load_stage = [&task, &run, &load](const Stage& stage, int slot, Barrier& full) {
+      load(task, run, stage, slot, full);
+    };
+    producer.fill(run, run.blocks.sizes, load_stage);
+  }
 }
 
 // What a lane's two tokens get of the pooled gradients: a row of them, the token's cube's, over its tokens.
@@ -162,20 +147,110 @@ VSA_DEVICE void scale_and_add_rows(FloatTile<kCols>& tile, float scale, const T*
   }
 }
 
-// One consumer's gradient of its cube, through shared memory to global.
-template <class Tile, int kCols>
-VSA_DEVICE void store_gradient(const FloatTile<kCols>& gradient, Tile& staging, int consumer,
-                               const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube) {
-  HalfTile<typename Tile::Element, kCols> rounded;
-  convert(rounded, gradient);
-  // The tile held an operand: no warp's products may still read it.
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
-  store(staging, rounded);
-  fence_async_shared();  // the copy engine reads what this warpgroup wrote
-  named_barrier_sync(1 + consumer, kWarpgroupThreads);
-  if (threadIdx.x % kWarpgroupThreads == 0) {
-    store_cube(map, at, cube, staging);
-    store_commit();
+// A consumer's way through one task. What is the pass's own: begin() sets its registers; step() works on a
+// stage, of which its last product may stay pending; wait<n>() waits for that, until at most n later ones are
+// unfinished, and release() gives back what it read; store() writes the gradients.
+template <class Kernel>
+struct FineBackwardConsumer {
+  typename Kernel::Shared& shared;
+  const FineBackwardParams& params;
+  int consumer;
+  typename Kernel::Pass pass;
+  bool pending;
+  uint32_t pending_position;
+
+  VSA_DEVICE void attend(const StageAt& at) {
+    // What is pending holds tiles that others may wait to see replaced.
+    if (pending && (!at.member || at.position - pending_position >= Kernel::kHeldStages)) finish();
+    if (!at.member) {
+      shared.first.await(at.position);
+      shared.first.release(at.position);
+      shared.second.await(at.position);
+      shared.second.release(at.position);
+      return;
+    }
+    pass.step(*this, at);
+    pending = true;
+    pending_position = at.position;
+  }
+
+  // Until at most kLater products later than the pending ones are unfinished.
+  template <int kLater>
+  VSA_DEVICE void settle() {
+    pass.template wait<kLater>();
+    if (pending) pass.release(shared, pending_position);
+  }
+  VSA_DEVICE void finish() {
+    settle<0>();
+    pending = false;
+  }
+};
+
+// All stages of a task. False where it has no block for this consumer.
+template <class Kernel>
+VSA_DEVICE bool fine_backward_attend(FineBackwardConsumer<Kernel>& self, int index, uint32_t& position,
+                                     uint32_t& resident_phase) {
+  typename Kernel::Shared& shared = self.shared;
+  Task task = fine_backward_task<Kernel>(self.params, index);
+  typename Kernel::Run run = fine_backward_run<Kernel>(self.params, task, index);
+  Stage window = run.load(lane_id());
+  bool exists = self.consumer < task.blocks;
+  self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0));
+  if (exists) {
+    shared.resident_full[self.consumer].wait(resident_phase);
+    resident_phase ^= 1;
+  }
+  walk_stages<Kernel::kConsumers>(run, window, self.consumer, position, Kernel::mark,
+                                  [&self](const StageAt& at) { self.attend(at); });
+  self.finish();
+  if (!exists) return false;
+  __syncwarp();
+  if (elect_one()) shared.resident_empty[self.consumer].arrive();
+  return true;
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward_consume(typename Kernel::Shared& shared, const FineBackwardParams& params,
+                                      int consumer) {
+  uint32_t position = 0, resident_phase = 0;
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+    FineBackwardConsumer<Kernel> self{shared, params, consumer};
+    if (fine_backward_attend<Kernel>(self, index, position, resident_phase)) {
+      int same = index;
+      forget(same);  // what store() needs of the task is not worth registers in the loop
+      Task task = fine_backward_task<Kernel>(params, same);
+      int block = task.block(Kernel::grid(params), consumer);
+      self.pass.store(params, task.address(Kernel::grid(params), block), block);
+    }
+  }
+}
+
+template <class Kernel>
+VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackwardParams& params) {
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+
+  if (threadIdx.x < kRingFullBarriers) {
+    shared.first.init(threadIdx.x);
+    shared.second.init(threadIdx.x);
+    if (threadIdx.x < Kernel::kConsumers) {
+      shared.resident_full[threadIdx.x].init(1);
+      shared.resident_empty[threadIdx.x].init(kWarpgroupThreads / kWarpThreads);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  int warpgroup = warpgroup_id();
+  if (warpgroup == Kernel::kConsumers) {
+    register_decrease<Kernel::kProducerRegisters>();
+    int warp = warp_id() % 4;
+    if (warp == 0) Kernel::load_first(shared, maps, params);
+    if (warp == 1) Kernel::load_second(shared, maps, params);
+    if (warp == 2) Kernel::load_resident(shared, maps, params);
+  } else {
+    register_increase<Kernel::kConsumerRegisters>();
+    fine_backward_consume<Kernel>(shared, params, warpgroup);
   }
 }
 

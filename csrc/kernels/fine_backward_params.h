@@ -1,8 +1,9 @@
 #pragma once
 
-#include "kernels/block_list.h"
 #include "kernels/cube_grid.h"
-#include "kernels/member_ring.h"
+#include "kernels/schedule.h"
+#include "kernels/tile_ring.h"
+#include "kernels/token_rows.h"
 
 namespace vsa {
 
@@ -10,12 +11,8 @@ namespace vsa {
 struct FineBackwardParams {
   CubeGrid q_grid, kv_grid;
   CubeCoordinates query, key, value, grad_out;  // of the maps of the same names
-  CubeCoordinates grad_query, grad_key, grad_value;
-  BlockLists lists;  // key blocks of each query block
-  const int32_t*
-      q_offsets;  // [batch, heads, num_kv_blocks + 1]: rows of q_indices; null: all query blocks everywhere
-  const int32_t* q_indices;  // [batch, heads, q_indices_per_head]: query blocks of each key block
-  int64_t q_indices_per_head;
+  TokenRows grad_query, grad_key, grad_value;
+  Schedule schedule;                            // of the pass
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
   const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64]
   // [batch, heads, cubes of pooled_grid, head_dim], the query's type; the query pass takes the first, the key
@@ -25,26 +22,46 @@ struct FineBackwardParams {
   bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   int32_t heads;
+  int32_t num_tasks;  // groups of the pass's cubes, over all heads and batch entries
 };
 
-// Two tiles that a consumer keeps, and a ring of pairs. One consumer warpgroup a cube: as many as have
-// registers.
-constexpr int kBackwardKvConsumers = 2;
-constexpr int fine_backward_q_consumers(int head_dim) { return head_dim == 128 ? 2 : 3; }
-constexpr int fine_backward_threads(int consumers) { return (consumers + 1) * 128; }
-constexpr int kBackwardRowBytes = 2 * kCubeTokens * 4;  // LSE and delta of a query block
-constexpr int fine_backward_stages(int head_dim) { return head_dim == 128 ? 5 : 11; }
+// Of both passes: two consumer warpgroups, a cube each, which keep two tiles of it (key side: K, V; query
+// side: Q, dO), and two rings (Q, dO; or K, V). A tile of a ring is read in two products: the first ring's in
+// the first and the last one.
+constexpr int kBackwardConsumers = 2;
+constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
+constexpr int kBackwardQStageBlocks = 2;
+constexpr int fine_backward_kv_stage_blocks(int head_dim) { return head_dim == 128 ? 1 : 2; }
 
-constexpr int fine_backward_shared_bytes(int head_dim, int consumers, int info_bytes) {
+struct BackwardStages {
+  int first, second;  // of the two rings
+};
+constexpr BackwardStages fine_backward_q_stages(int head_dim) {
+  return head_dim == 128 ? BackwardStages{3, 2} : BackwardStages{6, 6};
+}
+constexpr BackwardStages fine_backward_kv_stages(int head_dim) {
+  return head_dim == 128 ? BackwardStages{5, 4} : BackwardStages{6, 5};
+}
+
+// `extra_bytes` beside a block of the first and of the second ring.
+constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
+                                         int first_extra_bytes, int second_extra_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return 2 * consumers * tile +
-         member_ring_bytes(tile, fine_backward_stages(head_dim), consumers, info_bytes);
+  return round_up(
+      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) +
+          tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * first_extra_bytes) +
+          tile_ring_bytes(stage_blocks * tile, stages.second, stage_blocks * second_extra_bytes),
+      kTileAlignment);
+}
+constexpr int kValidMaskBytes = 8;                    // of a key block
+constexpr int kBackwardRowBytes = kCubeTokens * 4;  // LSE or delta of a query block
+constexpr int fine_backward_q_shared_bytes(int head_dim) {
+  return fine_backward_shared_bytes(head_dim, kBackwardQStageBlocks, fine_backward_q_stages(head_dim),
+                                    kValidMaskBytes, 0);
 }
 constexpr int fine_backward_kv_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, kBackwardKvConsumers, kTileInfoBytes + kBackwardRowBytes);
-}
-constexpr int fine_backward_q_shared_bytes(int head_dim) {
-  return fine_backward_shared_bytes(head_dim, fine_backward_q_consumers(head_dim), kTileInfoBytes);
+  return fine_backward_shared_bytes(head_dim, fine_backward_kv_stage_blocks(head_dim),
+                                    fine_backward_kv_stages(head_dim), kBackwardRowBytes, kBackwardRowBytes);
 }
 
 }  // namespace vsa

@@ -1,166 +1,139 @@
 // Fine stage, backward, query side: dQ, written once.
 //
-// A CTA takes two or three query cubes, one consumer warpgroup each, which keeps Q and dO. The producer walks
-// their merged lists and loads each K and V cube once. Rows are queries. Per member tile i:
+// A consumer keeps Q and dO of a query cube and walks the key cubes of its list, 128 keys at a time: first
+// ring K, second V. Rows are queries. Per member stage i:
 //
-//   tensor cores   | S(i)     | dP(i) - delta |          | dQ += dS(i) K | S(i+1)
-//   consumer       | release i-1 | P(i) ------------ | dS(i) | go round the ring
+//   tensor cores   | dQ += dS(i-1) K | S(i)    | dP(i) - delta |            | dQ += dS(i) K ...
+//   consumer       |      wait dQ, release K(i-1) | P(i) ------ | dS(i), release V(i) |
 //
-// The other consumers' products fill the gaps.
+// The other consumer's products fill the gaps.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
 
 namespace vsa {
 
-struct FineBackwardQMaps {
-  CUtensorMap query, key, value, grad_out, grad_query;
+struct ValidMasks {
+  uint64_t blocks[kBackwardQStageBlocks];  // bit per key: a real token; only of partial stages
 };
-
-template <int kHeadDim, class T>
-struct FineBackwardQ : FineBackward<kHeadDim, T, fine_backward_q_consumers(kHeadDim), TileInfo> {
-  // Less traffic from shared memory, which bounds 64-wide products. Not dO too: with its registers ptxas
-  // would wait for each product. Not at head_dim 64: there ptxas 13.0 writes over operands that the next tile
-  // needs (wrong on an H200, right in the PTX; tests/test_machine_code.py).
-  static constexpr bool kQueryInRegisters = kHeadDim == 128;
-  static_assert(sizeof(typename FineBackwardQ::Shared) == fine_backward_q_shared_bytes(kHeadDim));
-};
-
-template <class Kernel>
-VSA_DEVICE void fine_backward_q_produce(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
-                                        const FineBackwardParams& params,
-                                        const FineBackwardTask<Kernel::kConsumers>& task, RingRole role) {
-  BlockSets<Kernel::kConsumers> lists;
-#pragma unroll
-  for (int i = 0; i < Kernel::kConsumers; i++) {
-    bool exists = i < task.cubes;
-    int cube = task.cube(params.q_grid, exists ? i : 0);
-    lists.start(i, params.lists.list(task.batch, task.head, cube),
-                exists ? params.lists.count(task.batch, task.head, cube) : 0);
-    if (role == RingRole::kFirst && exists && elect_one()) {
-      load_resident(shared, i, maps.query, params.query, maps.grad_out, params.grad_out,
-                    task.address(params.q_grid, cube));
-    }
-    __syncwarp();
-  }
-  TileSource source{params.kv_grid, params.block_sizes, maps.key,   maps.value,
-                    params.key,     params.value,       task.batch, task.head};
-  fill_ring(shared.ring, role, lists, source, 0, [](int, int, Barrier&) {});
-}
+static_assert(sizeof(ValidMasks) == kBackwardQStageBlocks * kValidMaskBytes);
 
 // A consumer's registers through the loop.
 template <class Kernel>
-struct FineBackwardQState {
-  HalfTile<typename Kernel::T, Kernel::kHeadDim> query;  // with kQueryInRegisters
-  FloatTile<Kernel::kHeadDim> grad_query;
-  HalfTile<typename Kernel::T, kCubeTokens> grad_scores;  // of the pending stage
-  RowVector lse_log2, minus_delta;
+struct FineBackwardQPass {
+  using T = typename Kernel::T;
+  using Scores = FloatTile<Kernel::kStageTokens>;
 
-  // Until at most kPending products later than that of the pending stage are unfinished.
-  template <int kPending>
-  VSA_DEVICE void finish() {
-    mma_wait<kPending>(grad_query, grad_scores);
+  FloatTile<Kernel::kHeadDim> grad_query;
+  HalfTile<T, Kernel::kStageTokens> grad_scores;  // of the pending stage
+  RowVector minus_lse_log2, minus_delta;
+
+  VSA_DEVICE void begin(const FineBackwardParams& params, const Task& task, int block) {
+    zero(grad_query);
+    int64_t row = task.head_row * params.q_grid.num_cubes() + block;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      minus_lse_log2.data[half] = -kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
+      minus_delta.data[half] = -__ldg(params.delta + row * kCubeTokens + tile_row(half));
+    }
+  }
+
+  template <int kLater>
+  VSA_DEVICE void wait() {
+    mma_wait<kLater>(grad_query, grad_scores);
+  }
+  VSA_DEVICE static void release(typename Kernel::Shared& shared, uint32_t position) {
+    shared.first.release(position);
+  }
+
+  VSA_DEVICE void step(FineBackwardConsumer<Kernel>& self, const StageAt& at) {
+    typename Kernel::Shared& shared = self.shared;
+    typename Kernel::Resident& resident = shared.resident[self.consumer];
+    Scores scores, grads;
+    shared.first.await(at.position);
+    mma_fence();
+    mma_ABt(scores, resident.first, shared.first.tile(at.position), false);
+    mma_commit();
+    self.template settle<1>();
+    fill(grads, minus_delta);
+    shared.second.await(at.position);
+    pin(grads);
+    mma_fence();
+    mma_ABt(grads, resident.second, shared.second.tile(at.position), true);
+    mma_commit();
+    mma_wait<1>(scores);
+#pragma unroll
+    for (int i = 0; i < scores.kRegisters; i++) {
+      scores.data[i] =
+          exp2_approx(fmaf(scores.data[i], self.params.scale_log2, minus_lse_log2.data[i / 2 % 2]));
+    }
+    keep_above_wait(scores);
+    mma_wait<0>(grads);
+    shared.second.release(at.position);
+#pragma unroll
+    for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
+    if (at.marked) fill_masked(grads, shared.first.extra(at.position).blocks, 0.0f);
+    convert(grad_scores, grads);
+    mma_fence();
+    mma_AB(grad_query, grad_scores, shared.first.tile(at.position), true);
+    mma_commit();
+  }
+
+  VSA_DEVICE void store(const FineBackwardParams& params, const CubeAddress& address, int block) {
+    uint64_t real = params.q_grid.valid_slots(address.origin);
+    PooledRows pooled(params, params.q_grid, address, block, real);
+    scale_and_add_rows(grad_query, params.scale, static_cast<const T*>(params.dq_pooled), pooled);
+    // Rows of pads: whatever they were computed from, NaN included.
+    if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + block));
+    fill_rows(grad_query, real, 0.0f);
+    store_tokens<T>(grad_query, params.grad_query, params.q_grid, address);
   }
 };
 
-template <class Kernel>
-VSA_DEVICE int fine_backward_q_step(FineBackwardQState<Kernel>& state, typename Kernel::Shared& shared,
-                                    int consumer, float scale_log2, int stage, int pending) {
-  auto& ring = shared.ring;
-  uint64_t valid = ring.info[stage].valid;
-  FloatTile<kCubeTokens> scores, grads;
-  mma_fence();
-  if constexpr (Kernel::kQueryInRegisters) {
-    mma_ABt(scores, state.query, ring.first[stage], false);
-  } else {
-    mma_ABt(scores, shared.first[consumer], ring.first[stage], false);
-  }
-  mma_commit();
-  keep_apart<1>(stage);
-#pragma unroll
-  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] = state.minus_delta.data[(i / 2) % 2];
-  pin(grads);
-  mma_fence();
-  mma_ABt(grads, shared.second[consumer], ring.second[stage], true);
-  mma_commit();
-  state.template finish<2>();
-  if (pending != kNone) ring.release(pending);
-  mma_wait<1>(scores);
-#pragma unroll
-  for (int i = 0; i < scores.kRegisters; i++) {
-    scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_log2, -state.lse_log2.data[(i / 2) % 2]));
-  }
-  settle(scores, scale_log2);
-  mma_wait<0>(grads);
-#pragma unroll
-  for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
-  if (valid != ~uint64_t(0)) fill_masked(grads, {valid}, 0.0f);
-  convert(state.grad_scores, grads);
-  mma_fence();
-  mma_AB(state.grad_query, state.grad_scores, ring.first[stage], true);
-  mma_commit();
-  return stage;
-}
-
-template <class Kernel>
-VSA_DEVICE void fine_backward_q_consume(typename Kernel::Shared& shared, const FineBackwardQMaps& maps,
-                                        const FineBackwardParams& params,
-                                        const FineBackwardTask<Kernel::kConsumers>& task, int consumer) {
-  bool exists = consumer < task.cubes;
-  int cube = exists ? task.cube(params.q_grid, consumer) : 0;
-  int64_t row = (int64_t(task.batch) * params.heads + task.head) * params.q_grid.num_cubes() + cube;
-  FineBackwardQState<Kernel> state;
-  zero(state.grad_query);
-  if (exists) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      state.lse_log2.data[half] = kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
-      state.minus_delta.data[half] = -__ldg(params.delta + row * kCubeTokens + tile_row(half));
-    }
-    shared.ring.resident[consumer].wait(0);
-    if constexpr (Kernel::kQueryInRegisters) load(state.query, shared.first[consumer]);
-  }
-  auto step = [&state, &shared, consumer, &params](int stage, int pending) {
-    return fine_backward_q_step<Kernel>(state, shared, consumer, params.scale_log2, stage, pending);
-  };
-  walk_ring(shared.ring, consumer, step, [&state] { state.template finish<0>(); });
-  if (!exists) return;
-
-  CubeAddress address = task.address(params.q_grid, cube);
-  uint64_t real = params.q_grid.valid_slots(address.origin);
-  PooledRows pooled(params, params.q_grid, address, cube, real);
-  scale_and_add_rows(state.grad_query, params.scale, static_cast<const typename Kernel::T*>(params.dq_pooled),
-                     pooled);
-  // Rows of pads: whatever they were computed from, NaN included.
-  if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + cube));
-  fill_rows(state.grad_query, real, 0.0f);
-  store_gradient(state.grad_query, shared.first[consumer], consumer, maps.grad_query, params.grad_query,
-                 address);
-  store_wait_read<0>();  // shared memory outlives the last store's reading
-}
+struct FineBackwardQMaps {
+  CUtensorMap query, key, value, grad_out;
+};
 
 template <int kHeadDim, class T>
-VSA_DEVICE void fine_backward_q(const FineBackwardQMaps& maps, const FineBackwardParams& params) {
-  using Kernel = FineBackwardQ<kHeadDim, T>;
-  extern __shared__ __align__(1024) char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
+struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim),
+                                    ValidMasks, Nothing> {
+  using Base = FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim), ValidMasks,
+                            Nothing>;
+  using Maps = FineBackwardQMaps;
+  using Pass = FineBackwardQPass<FineBackwardQ>;
+  using typename Base::Shared;
+  static constexpr int kHeldStages = Base::kStages.first;
+  static_assert(sizeof(Shared) == fine_backward_q_shared_bytes(kHeadDim));
 
-  if (threadIdx.x == 0) {
-    shared.ring.init();
-    fence_barrier_init();
+  VSA_DEVICE static const CubeGrid& grid(const FineBackwardParams& params) { return params.q_grid; }
+  VSA_DEVICE static ListedBlocks listed(const FineBackwardParams& params) {
+    return {params.kv_grid, params.block_sizes};
   }
-  __syncthreads();
+  VSA_DEVICE static bool mark(const Stage& stage) { return is_partial(stage); }
 
-  FineBackwardTask<Kernel::kConsumers> task(params.q_grid, params.heads);
-  int warpgroup = warpgroup_id();
-  if (warpgroup == Kernel::kConsumers) {
-    register_decrease<Kernel::kProducerRegisters>();
-    auto role = RingRole(warp_id() % Kernel::Ring::kWarps);
-    if (role <= RingRole::kLists) fine_backward_q_produce<Kernel>(shared, maps, params, task, role);
-  } else {
-    register_increase<Kernel::kConsumerRegisters>();
-    fine_backward_q_consume<Kernel>(shared, maps, params, task, warpgroup);
+  VSA_DEVICE static void load_resident(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
+    fine_backward_load_resident<FineBackwardQ>(shared, {maps.query, params.query},
+                                               {maps.grad_out, params.grad_out}, params);
   }
-}
+  VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run,
+                                          const Stage& stage, int slot, Barrier& full) {
+      if (is_partial(stage)) valid_masks(shared.first.extras[slot].blocks, run.blocks, stage);
+      full.arrive_expect(Base::StageTile::kBytes);
+      load_blocks<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, params.kv_grid, task,
+                                         stage, full);
+    };
+    fine_backward_fill<FineBackwardQ>(shared.first, params, load);
+  }
+  VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+                                          int slot, Barrier& full) {
+      full.arrive_expect(Base::StageTile::kBytes);
+      load_blocks<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, params.kv_grid,
+                                         task, stage, full);
+    };
+    fine_backward_fill<FineBackwardQ>(shared.second, params, load);
+  }
+};
 
 }  // namespace vsa

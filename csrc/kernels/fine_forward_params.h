@@ -1,9 +1,9 @@
 #pragma once
 
-#include "kernels/block_list.h"
 #include "kernels/cube_grid.h"
 #include "kernels/gate.h"
-#include "kernels/pair_ring.h"
+#include "kernels/schedule.h"
+#include "kernels/tile_ring.h"
 #include "kernels/token_rows.h"
 
 namespace vsa {
@@ -13,7 +13,8 @@ struct FineForwardParams {
   CubeGrid coarse_grid;               // the cubes of `coarse`; of the same tokens as q_grid
   CubeCoordinates query, key, value;  // of the maps of the same names
   TokenRows out, out_fine;
-  BlockLists lists;              // key blocks of each query block
+  TokenRows key_rows;            // as the map of keys has them
+  Schedule schedule;             // of fine_forward_consumers, stages of two key blocks
   const int32_t* block_sizes;    // [num_kv_blocks] valid prefix, or null: all of each cube
   const int32_t* q_block_sizes;  // [num_q_blocks], likewise
   float* lse;                    // [batch, heads, num_q_blocks, 64], natural log
@@ -26,15 +27,19 @@ struct FineForwardParams {
   int32_t num_tasks;  // groups of query cubes, over all heads and batch entries
 };
 
-// One consumer warpgroup a query cube; a stage holds the keys and values of two cubes.
-constexpr int kForwardConsumers = 2;
+// One consumer warpgroup a query cube, as many as have registers; a stage holds the keys or the values of two
+// cubes.
+constexpr int kForwardStageBlocks = 2;
+constexpr int fine_forward_consumers(int head_dim) { return head_dim == 128 ? 2 : 3; }
+constexpr int fine_forward_threads(int head_dim) { return (fine_forward_consumers(head_dim) + 1) * 128; }
 constexpr int fine_forward_stages(int head_dim) { return head_dim == 128 ? 3 : 6; }
-constexpr int kForwardThreads = (kForwardConsumers + 1) * 128;
+constexpr int kValidRowsBytes = 16;  // masks beside the keys of a stage
 constexpr int fine_forward_shared_bytes(int head_dim) {
-  int queries = kForwardConsumers * (kCubeTokens * head_dim * kHalfBytes);
-  return round_up(queries + pair_ring_bytes(head_dim, fine_forward_stages(head_dim), kForwardConsumers) +
-                      2 * kForwardConsumers * kBarrierBytes,
-                  kTileAlignment);
+  int tile = kCubeTokens * head_dim * kHalfBytes, stages = fine_forward_stages(head_dim);
+  int consumers = fine_forward_consumers(head_dim);
+  int keys = tile_ring_bytes(kForwardStageBlocks * tile, stages, kValidRowsBytes);
+  int values = tile_ring_bytes(kForwardStageBlocks * tile, stages, 0);
+  return round_up(consumers * (tile + 2 * kBarrierBytes) + keys + values, kTileAlignment);
 }
 
 }  // namespace vsa

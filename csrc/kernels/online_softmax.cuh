@@ -31,8 +31,8 @@ class OnlineSoftmax {
     }
   }
 
-  // Columns kBegin to kEnd - 1 of `scores` become exp2(scale * scores - reference), added up in `sums`.
-  template <int kBegin, int kEnd, int kCols>
+  // `scores` becomes exp2(scale * scores - reference), added up in `sums`.
+  template <int kCols>
   VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowVector& sums) const {
     // A row without any key so far: every score is -inf, and so must be the exponent.
     float negative[2];
@@ -42,15 +42,15 @@ class OnlineSoftmax {
     }
     float chains[4] = {};  // for each column of a group and half
 #pragma unroll
-    for (int i = kBegin / 2; i < kEnd / 2; i++) {
+    for (int i = 0; i < scores.kRegisters; i++) {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
       chains[i % 4] += scores.data[i];
     }
-    sums.data[0] += chains[0] + chains[1];
-    sums.data[1] += chains[2] + chains[3];
-    // The exponentials are meant to run beside the caller's product. Sums are not negative and the scale is
-    // above 0, so that the two never agree; ptxas does not know.
-    keep_above_wait(sums.data[0] + sums.data[1], -scale_);
+    sums.data[0] = chains[0] + chains[1];
+    sums.data[1] = chains[2] + chains[3];
+    // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does not
+    // know.
+    keep_above_wait(__float_as_uint(sums.data[0] + sums.data[1]), 0xffffffffu);
   }
 
   // Whether the reference is too low for a tile of these sums; for the whole warp alike. NaN counts as well.

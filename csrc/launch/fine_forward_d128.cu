@@ -2,13 +2,13 @@
 
 namespace vsa {
 
-extern "C" __global__ void __launch_bounds__(kForwardThreads, 1)
+extern "C" __global__ void __launch_bounds__(fine_forward_threads(128), 1)
     fine_forward_d128_bf16(const __grid_constant__ FineForwardMaps maps,
                            const __grid_constant__ FineForwardParams params) {
   fine_forward<128, bf16>(maps, params);
 }
 
-extern "C" __global__ void __launch_bounds__(kForwardThreads, 1)
+extern "C" __global__ void __launch_bounds__(fine_forward_threads(128), 1)
     fine_forward_d128_fp16(const __grid_constant__ FineForwardMaps maps,
                            const __grid_constant__ FineForwardParams params) {
   fine_forward<128, fp16>(maps, params);

@@ -11,6 +11,7 @@
 #include "kernels/fine_backward_q.cuh"
 #include "kernels/fine_forward.cuh"
 #include "kernels/pool.cuh"
+#include "kernels/schedule.cuh"
 #include "kernels/select.cuh"
 #include "kernels/transpose_index.cuh"
 #include "launch/check.h"
@@ -40,6 +41,9 @@ __global__ void pool_d64_bf16(PoolMaps, PoolParams);
 __global__ void pool_d64_fp16(PoolMaps, PoolParams);
 __global__ void pool_d128_bf16(PoolMaps, PoolParams);
 __global__ void pool_d128_fp16(PoolMaps, PoolParams);
+__global__ void schedule_pairs_of_2(ScheduleParams);
+__global__ void schedule_pairs_of_3(ScheduleParams);
+__global__ void schedule_singles_of_2(ScheduleParams);
 __global__ void select_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_d128_bf16(SelectMaps, SelectParams);
@@ -77,6 +81,9 @@ const Kernels& kernels() {
       {"pool_d64_fp16", reinterpret_cast<const void*>(pool_d64_fp16)},
       {"pool_d128_bf16", reinterpret_cast<const void*>(pool_d128_bf16)},
       {"pool_d128_fp16", reinterpret_cast<const void*>(pool_d128_fp16)},
+      {"schedule_pairs_of_2", reinterpret_cast<const void*>(schedule_pairs_of_2)},
+      {"schedule_pairs_of_3", reinterpret_cast<const void*>(schedule_pairs_of_3)},
+      {"schedule_singles_of_2", reinterpret_cast<const void*>(schedule_singles_of_2)},
       {"select_d64_bf16", reinterpret_cast<const void*>(select_d64_bf16)},
       {"select_d64_fp16", reinterpret_cast<const void*>(select_d64_fp16)},
       {"select_d128_bf16", reinterpret_cast<const void*>(select_d128_bf16)},

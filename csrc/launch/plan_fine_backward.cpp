@@ -1,5 +1,6 @@
 #include "launch/plan_fine_backward.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/fine_backward_params.h"
@@ -9,8 +10,7 @@ namespace vsa {
 
 namespace {
 
-// What both passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out,
-// gradients.
+// What both passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out.
 FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel) {
   const TokenTensor& query = arguments.query;
   check_same_heads(arguments.key, query, "key");
@@ -53,10 +53,10 @@ void add_inputs(LaunchPlan& plan, FineBackwardParams& params, const FineBackward
   params.grad_out = add_map(plan, arguments.grad_out, arguments.q_grid, "grad_fine");
 }
 
-CubeCoordinates add_gradient(LaunchPlan& plan, const TokenTensor& gradient, const TokenTensor& of,
-                             const CubeGrid& grid, const char* argument) {
+TokenRows gradient_rows(const TokenTensor& gradient, const TokenTensor& of, const CubeGrid& grid,
+                        const char* argument) {
   check_same_heads(gradient, of, argument);
-  return add_map(plan, gradient, grid, argument);
+  return make_token_rows(gradient, grid, argument);
 }
 
 void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const CubeGrid& grid,
@@ -66,11 +66,15 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
   params.pooled_on_own_grid = pooled == grid;
 }
 
-void set_shape(LaunchPlan& plan, const FineBackwardArguments& arguments, const CubeGrid& grid, int consumers,
-               const char* kernel) {
-  int64_t groups = ceil_div(grid.num_cubes(), consumers);
-  plan.grid[0] = checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel);
-  plan.block[0] = fine_backward_threads(consumers);
+// CTAs that stay and take task after task where these take equally long: tasks of compressed lists do not.
+void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
+               const CubeGrid& grid, const char* kernel) {
+  int64_t groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
+  params.num_tasks = int32_t(checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel));
+  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  plan.grid[0] = params.schedule.offsets ? params.num_tasks : std::min(params.num_tasks, arguments.num_sms);
+  plan.block[0] = kBackwardThreads;
+  plan.set_params(params);
 }
 
 }  // namespace
@@ -78,20 +82,14 @@ void set_shape(LaunchPlan& plan, const FineBackwardArguments& arguments, const C
 LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
   FineBackwardParams params = start(plan, arguments, "fine_backward_kv");
-  check_argument(
-      (arguments.q_offsets == 0) == (arguments.q_indices == 0),
-      "q_offsets, q_indices: got one of the two, expected both, or neither for all pairs of blocks");
   add_inputs(plan, params, arguments);
-  params.grad_key = add_gradient(plan, arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
-  params.grad_value = add_gradient(plan, arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
-  params.q_offsets = pointer<const int32_t>(arguments.q_offsets);
-  params.q_indices = pointer<const int32_t>(arguments.q_indices);
-  params.q_indices_per_head = arguments.q_indices_per_head;
+  params.grad_key = gradient_rows(arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
+  params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
+  params.schedule = arguments.kv_schedule;
   set_pooled_grid(params, arguments.pooled_kv_grid, arguments.kv_grid, "pooled_kv_grid");
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);
   params.dv_pooled = pointer<const void>(arguments.dv_pooled);
-  plan.set_params(params);
-  set_shape(plan, arguments, arguments.kv_grid, kBackwardKvConsumers, "fine_backward_kv");
+  set_shape(plan, params, arguments, arguments.kv_grid, "fine_backward_kv");
   plan.shared_bytes = fine_backward_kv_shared_bytes(arguments.query.head_dim);
   return plan;
 }
@@ -100,13 +98,11 @@ LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
   FineBackwardParams params = start(plan, arguments, "fine_backward_q");
   add_inputs(plan, params, arguments);
-  params.grad_query = add_gradient(plan, arguments.grad_query, arguments.query, arguments.q_grid, "dq");
-  params.lists = arguments.lists;
+  params.grad_query = gradient_rows(arguments.grad_query, arguments.query, arguments.q_grid, "dq");
+  params.schedule = arguments.q_schedule;
   set_pooled_grid(params, arguments.pooled_q_grid, arguments.q_grid, "pooled_q_grid");
   params.dq_pooled = pointer<const void>(arguments.dq_pooled);
-  plan.set_params(params);
-  set_shape(plan, arguments, arguments.q_grid, fine_backward_q_consumers(arguments.query.head_dim),
-            "fine_backward_q");
+  set_shape(plan, params, arguments, arguments.q_grid, "fine_backward_q");
   plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);
   return plan;
 }

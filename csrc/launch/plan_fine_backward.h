@@ -1,7 +1,6 @@
 #pragma once
 
-#include "kernels/block_list.h"
-#include "launch/plan.h"
+#include "launch/plan_schedule.h"
 
 namespace vsa {
 
@@ -10,17 +9,14 @@ struct FineBackwardArguments {
   TokenTensor query, key, value, grad_out;
   TokenTensor grad_query, grad_key, grad_value;
   CubeGrid q_grid, kv_grid;
-  BlockLists lists;  // key blocks of each query block
-  // int32 [batch, heads, num_kv_blocks + 1], [batch, heads, q_indices_per_head]; absent with `lists`: all
-  // pairs
-  uint64_t q_offsets = 0, q_indices = 0;
-  int64_t q_indices_per_head = 0;
+  Schedule kv_schedule{}, q_schedule{};  // made for either pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks]
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
   // [batch, heads, cubes, head_dim] packed, the query's type
   uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;
   CubeGrid pooled_q_grid, pooled_kv_grid;  // their cubes; of q_grid's and kv_grid's tokens
   double scale = 1.0;
+  int num_sms = 1;  // of the device
 };
 
 LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments);

@@ -8,25 +8,6 @@
 
 namespace vsa {
 
-BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks) {
-  BlockLists lists{};
-  lists.num_blocks = int32_t(num_blocks);
-  if (entries.address == 0) return lists;
-  check_argument(counts.address != 0 && counts.strides.size() == 3,
-                 "kv_num_blocks: got no tensor of 3 dimensions, expected [batch, heads, num_q_blocks] int32");
-  check_argument(
-      entries.strides.size() == 4 && entries.strides[3] == 1,
-      "kv_indices: got no tensor of 4 dimensions with the last one contiguous, expected [batch, heads, "
-      "num_q_blocks, max_blocks] int32");
-  lists.counts = pointer<const int32_t>(counts.address);
-  lists.entries = pointer<const int32_t>(entries.address);
-  for (int i = 0; i < 3; i++) {
-    lists.count_strides[i] = counts.strides[i];
-    lists.entry_strides[i] = entries.strides[i];
-  }
-  return lists;
-}
-
 Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor) {
   Gate gate{};
   gate.factor = factor;
@@ -64,13 +45,14 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.query = add_map(query, arguments.q_grid, "query");
   params.key = add_map(arguments.key, arguments.kv_grid, "key");
   params.value = add_map(arguments.value, arguments.kv_grid, "value");
+  params.key_rows = make_token_rows(arguments.key, arguments.kv_grid, "key");
   params.out = make_token_rows(arguments.out, arguments.q_grid, "out");
   params.store_out_fine = arguments.store_out_fine;
   if (params.store_out_fine) {
     params.out_fine = make_token_rows(arguments.out_fine, arguments.q_grid, "out_fine");
   }
 
-  params.lists = arguments.lists;
+  params.schedule = arguments.schedule;
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
   params.lse = pointer<float>(arguments.lse);
@@ -84,13 +66,14 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = float(arguments.scale * kLog2E);
   params.heads = int32_t(query.heads);
-  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), kForwardConsumers);
+  int head_dim = int(query.head_dim);
+  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim));
   params.num_tasks = int32_t(checked_grid(groups * query.heads * query.batch, "fine_forward"));
   plan.set_params(params);
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
-  plan.block[0] = kForwardThreads;
-  plan.shared_bytes = fine_forward_shared_bytes(query.head_dim);
+  plan.block[0] = fine_forward_threads(head_dim);
+  plan.shared_bytes = fine_forward_shared_bytes(head_dim);
   return plan;
 }
 

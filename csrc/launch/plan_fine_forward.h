@@ -1,20 +1,9 @@
 #pragma once
 
-#include "kernels/block_list.h"
 #include "kernels/gate.h"
-#include "launch/plan.h"
+#include "launch/plan_schedule.h"
 
 namespace vsa {
-
-// A tensor by address and strides in elements; address 0 where it is absent.
-struct StridedTensor {
-  uint64_t address = 0;
-  std::vector<int64_t> strides;
-};
-
-// counts [batch, heads, rows], entries [batch, heads, rows, max_blocks]; with entries absent every row has
-// all blocks.
-BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks);
 
 // values [batch, tokens, heads, head_dim] (any strides) or scalar (one fp32) or neither, times factor.
 Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor);
@@ -25,7 +14,7 @@ struct FineForwardArguments {
   bool store_out_fine = false;
   CubeGrid q_grid, kv_grid;
   CubeGrid coarse_grid;  // of q_grid's tokens
-  BlockLists lists;
+  Schedule schedule{};  // made for this pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks], 0: all of each cube
   uint64_t lse = 0;                             // fp32 [batch, heads, num_q_blocks, 64]
   uint64_t coarse = 0;                          // [batch, heads, coarse cubes, head_dim] packed, or 0

@@ -46,6 +46,12 @@ VSA_DEVICE void zero(FloatTile<kCols>& tile) {
   for (int i = 0; i < tile.kRegisters; i++) tile.data[i] = 0.0f;
 }
 
+template <int kCols>
+VSA_DEVICE void fill(FloatTile<kCols>& tile, const RowVector& rows) {
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) tile.data[i] = rows.data[i / 2 % 2];
+}
+
 // result[row] = max over the row, in every lane of the row's quad.
 template <int kCols>
 VSA_DEVICE void row_max(RowVector& result, const FloatTile<kCols>& tile) {
@@ -111,17 +117,14 @@ VSA_DEVICE void fill_rows(FloatTile<kCols>& tile, uint64_t mask, float value) {
   }
 }
 
-// Columns kBegin to kEnd - 1 rounded to T, nearest even.
-template <int kBegin, int kEnd, class T, int kCols>
-VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
+// result = the columns of `tile` from first_column on, rounded to T, nearest even.
+template <class T, int kCols, int kTileCols>
+VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kTileCols>& tile, int first_column = 0) {
 #pragma unroll
-  for (int i = kBegin / 4; i < kEnd / 4; i++)
-    result.data[i] = pack<T>(tile.data[2 * i], tile.data[2 * i + 1]);
-}
-
-template <class T, int kCols>
-VSA_DEVICE void convert(HalfTile<T, kCols>& result, const FloatTile<kCols>& tile) {
-  convert<0, kCols>(result, tile);
+  for (int i = 0; i < result.kRegisters; i++) {
+    const float* pair = tile.data + first_column / 2 + 2 * i;
+    result.data[i] = pack<T>(pair[0], pair[1]);
+  }
 }
 
 // 2^x as the hardware approximates it (ex2.approx.ftz: 2 ulp; 2^-inf = 0). volatile: it stays on its side of
@@ -132,18 +135,22 @@ VSA_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// The 64 rows of a shared tile as a matrix operand (ldmatrix); each warp reads its own 16 rows.
+// 16 rows by 16 columns as a matrix operand (ldmatrix); `chunk` is 8 columns of row l % 16 in lane l, the first
+// ones in lanes 0 to 15, the last ones in lanes 16 to 31.
+VSA_DEVICE void load_fragment(uint32_t* result, const void* chunk) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(shared_address(chunk))
+               : "memory");
+}
+
+// The 64 rows of a shared tile as a matrix operand; each warp reads its own 16 rows.
 template <class T, int kCols>
 VSA_DEVICE void load(HalfTile<T, kCols>& tile, SharedTile<T, 64, kCols>& source) {
   int row = warp_in_warpgroup() * 16 + lane_id() % 16;
 #pragma unroll
   for (int k = 0; k < kCols / 16; k++) {
-    uint32_t address = shared_address(source.chunk(row, 2 * k + lane_id() / 16));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(tile.data[4 * k]), "=r"(tile.data[4 * k + 1]), "=r"(tile.data[4 * k + 2]),
-                   "=r"(tile.data[4 * k + 3])
-                 : "r"(address)
-                 : "memory");
+    load_fragment(tile.data + 4 * k, source.chunk(row, 2 * k + lane_id() / 16));
   }
 }
 

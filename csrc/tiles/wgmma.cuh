@@ -35,17 +35,26 @@ VSA_DEVICE void mma_wait(Tiles&... tiles) {
   (pin(tiles), ...);
 }
 
-// Keeps what made `value` above a later mma_wait: ptxas would move the wait up, over arithmetic that is meant
-// to run beside the products, but moves none over a store. The store is for value == `never`.
-VSA_DEVICE void keep_above_wait(float value, float never) {
+// Keeps what made `bits` above a later mma_wait: ptxas would move the wait up, over arithmetic that is meant to
+// run beside the products, but moves none over a store. The store is for bits == `never`.
+VSA_DEVICE void keep_above_wait(uint32_t bits, uint32_t never) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.eq.f32 p, %0, %1;\n"
-      "@p st.shared.f32 [%2], %0;\n"
-      "}\n" ::"f"(value),
-      "f"(never), "r"(0)
+      "setp.eq.u32 p, %0, %1;\n"
+      "@p st.shared.u32 [%2], %0;\n"
+      "}\n" ::"r"(bits),
+      "r"(never), "r"(0)
       : "memory");
+}
+
+// The same for a tile of numbers that are not negative.
+template <int kCols>
+VSA_DEVICE void keep_above_wait(const FloatTile<kCols>& tile) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < tile.kRegisters; i++) bits |= __float_as_uint(tile.data[i]);
+  keep_above_wait(bits, 0xffffffffu);
 }
 
 // The instruction takes the element type as text ("C" constraint: CUDA's inline assembly guide).
@@ -168,11 +177,10 @@ constexpr int columns_offset(int step) {
   return step / 4 * Tile::kPanelBytes + step % 4 * 16 * sizeof(typename Tile::Element);
 }
 
-// Where 16 rows, number `step`, of columns first_column onward begin in a tile that is summed over its rows.
+// Where 16 rows, number `step`, begin in a tile that is summed over its rows.
 template <class Tile>
-constexpr int rows_offset(int step, int first_column) {
-  return first_column / Tile::kPanelCols * Tile::kPanelBytes +
-         step * 16 * Tile::kPanelCols * sizeof(typename Tile::Element);
+constexpr int rows_offset(int step) {
+  return step * 16 * Tile::kPanelCols * sizeof(typename Tile::Element);
 }
 
 template <class Tile>
@@ -232,43 +240,40 @@ VSA_DEVICE void mma_ABt(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T
   }
 }
 
-// d[64, N] = a[64, K] b[K, N], added to d if `accumulate`. d may be narrower than b: columns first_column
-// onward.
-template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kK, kCols>& b,
-                       bool accumulate, int first_column = 0) {
+// d[64, N] = a[64, K] b[K, N], added to d if `accumulate`; of b, K rows from first_row on.
+template <class T, int kN, int kK, int kRows>
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, const HalfTile<T, kK>& a, SharedTile<T, kRows, kN>& b,
+                       bool accumulate, int first_row = 0) {
   uint64_t b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
     uint32_t a_fragment[4];
     fragment(a_fragment, a, k);
-    mma_step<T, 1>(d, a_fragment, advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
+    mma_step<T, 1>(d, a_fragment, advance(b_start, rows_offset<SharedTile<T, kRows, kN>>(first_row / 16 + k)),
                    accumulate || k > 0);
   }
 }
 
-template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kCols>& b,
-                       bool accumulate, int first_column = 0) {
+template <class T, int kN, int kK>
+VSA_DEVICE void mma_AB(FloatTile<kN>& d, SharedTile<T, 64, kK>& a, SharedTile<T, kK, kN>& b,
+                       bool accumulate) {
   uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
     mma_step<T, 0, 1>(d, advance(a_start, columns_offset<SharedTile<T, 64, kK>>(k)),
-                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
-                      accumulate || k > 0);
+                      advance(b_start, rows_offset<SharedTile<T, kK, kN>>(k)), accumulate || k > 0);
   }
 }
 
 // d[64, N] = a[K, 64]^T b[K, N], added to d if `accumulate`.
-template <class T, int kN, int kK, int kCols>
-VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kCols>& b,
-                        bool accumulate, int first_column = 0) {
+template <class T, int kN, int kK>
+VSA_DEVICE void mma_AtB(FloatTile<kN>& d, SharedTile<T, kK, 64>& a, SharedTile<T, kK, kN>& b,
+                        bool accumulate) {
   uint64_t a_start = descriptor(a), b_start = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kK / 16; k++) {
-    mma_step<T, 1, 1>(d, advance(a_start, rows_offset<SharedTile<T, kK, 64>>(k, 0)),
-                      advance(b_start, rows_offset<SharedTile<T, kK, kCols>>(k, first_column)),
-                      accumulate || k > 0);
+    mma_step<T, 1, 1>(d, advance(a_start, rows_offset<SharedTile<T, kK, 64>>(k)),
+                      advance(b_start, rows_offset<SharedTile<T, kK, kN>>(k)), accumulate || k > 0);
   }
 }
 

@@ -1,0 +1,165 @@
+// Makes the schedule of a fine kernel: for every task, its blocks' lists cut into stages of one or two blocks
+// that the same consumers chose.
+//
+// A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members by
+// search in the other lists. Pairs that several consumers chose come first, then those of one alone, in turns,
+// so that no consumer waits long for its next. A block without a partner waits for the next entries; at the
+// end it goes to each of its lists alone, which pairs what it got.
+#pragma once
+
+#include "kernels/block_window.cuh"
+#include "kernels/schedule_params.h"
+#include "kernels/task.cuh"
+
+namespace vsa {
+
+// The stages of one task as a warp writes them, any lane any half.
+struct StageWriter {
+  const ScheduleParams& params;
+  StagePlaces places;
+
+  VSA_DEVICE void put(int stage, int half, int block, uint32_t members, uint32_t flags = 0) const {
+    const CubeGrid& grid = params.listed_grid;
+    if (params.block_sizes && __ldg(params.block_sizes + block) < kCubeTokens) flags |= kStagePartial;
+    if (!grid.is_full(grid.origin(block))) flags |= kStagePartial;
+    Stage& place = params.stages[places.index(stage)];
+    (half ? place.second : place.first) = uint32_t(block) | flags | (half ? 0 : members << kStageBlockBits);
+  }
+
+  VSA_DEVICE void put_alone(int stage, int block, uint32_t members) const {
+    put(stage, 0, block, members);
+    put(stage, 1, block, members, kStagePadded | kStagePartial);
+  }
+};
+
+constexpr bool several(uint32_t set) { return (set & (set - 1)) != 0; }
+constexpr int lowest(uint32_t set) { return set & 1 ? 0 : 1 + lowest(set >> 1); }
+
+// Stages of two blocks. Sets of consumers are bit masks; those of one consumer are its "own".
+template <int kLists>
+struct PairScheduler {
+  static constexpr uint32_t kSets = 1u << kLists;
+
+  const StageWriter& writer;
+  int stages = 0;        // written
+  int waiting[kSets] = {};  // the block without a partner of each set
+  uint32_t waits = 0;       // a bit for each set that has one
+
+  // All pairs of the next 32 entries of each list and of what waits from before.
+  VSA_DEVICE void take(BlockWindow<kLists>& window) {
+    int block[kLists], pairs[kSets], begin[kSets];
+    uint32_t set[kLists], lanes[kSets];
+    window.load(block, set);
+    int total = stages;
+#pragma unroll
+    for (uint32_t s = 1; s < kSets; s++) {
+      lanes[s] = __ballot_sync(0xffffffffu, set[lowest(s)] == s);
+      pairs[s] = (__popc(lanes[s]) + (waits >> s & 1)) / 2;
+      begin[s] = total;
+      if (several(s)) total += pairs[s];
+    }
+    int begin_own = total;
+#pragma unroll
+    for (int i = 0; i < kLists; i++) total += pairs[1u << i];
+
+#pragma unroll
+    for (uint32_t s = 1; s < kSets; s++) {
+      auto stage_of = [&pairs, &begin, begin_own, s](int pair) {
+        if (several(s)) return begin[s] + pair;
+        int stage = begin_own;
+#pragma unroll
+        for (int i = 0; i < kLists; i++) stage += min(pairs[1u << i], pair + (i < lowest(s)));
+        return stage;
+      };
+      int before = waits >> s & 1;
+      int rank = before + __popc(lanes[s] & ((1u << lane_id()) - 1));
+      bool mine = set[lowest(s)] == s;
+      if (before && pairs[s] > 0 && lane_id() == 0) writer.put(stage_of(0), 0, waiting[s], s);
+      if (mine && rank / 2 < pairs[s]) writer.put(stage_of(rank / 2), rank % 2, block[lowest(s)], s);
+      bool left = (__popc(lanes[s]) + before) % 2;
+      if (left && lanes[s]) waiting[s] = __shfl_sync(0xffffffffu, block[lowest(s)], 31 - __clz(lanes[s]));
+      waits = (waits & ~(1u << s)) | uint32_t(left) << s;
+    }
+    stages = total;
+  }
+
+  // When the lists have ended.
+  VSA_DEVICE void take_rest() {
+#pragma unroll
+    for (int i = 0; i < kLists; i++) {
+      int left = 0;  // stands alone in its stage so far
+#pragma unroll
+      for (uint32_t s = 1; s < kSets; s++) {
+        if (!(s >> i & 1) || !(waits >> s & 1)) continue;
+        if (lane_id() == 0) {
+          if (left % 2 == 0) {
+            writer.put_alone(stages + left / 2, waiting[s], 1u << i);
+          } else {
+            writer.put(stages + left / 2, 1, waiting[s], 1u << i);
+          }
+        }
+        left++;
+      }
+      stages += (left + 1) / 2;
+    }
+  }
+};
+
+// Stages of one block.
+template <int kLists>
+struct SingleScheduler {
+  const StageWriter& writer;
+  int stages = 0;
+
+  VSA_DEVICE void take(BlockWindow<kLists>& window) {
+    int block[kLists], before = stages;
+    uint32_t set[kLists], lanes[kLists];
+    window.load(block, set);
+#pragma unroll
+    for (int i = 0; i < kLists; i++) {
+      lanes[i] = __ballot_sync(0xffffffffu, set[i] != 0);
+      before += __popc(lanes[i] & ((1u << lane_id()) - 1));
+      stages += __popc(lanes[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLists; i++) {
+      if (set[i] == 0) continue;
+      writer.put_alone(before, block[i], set[i]);
+      before++;
+    }
+  }
+
+  VSA_DEVICE void take_rest() {}
+};
+
+template <int kConsumers, int kBlocks>
+VSA_DEVICE void make_schedule(const ScheduleParams& params) {
+  int index = blockIdx.x * kScheduleWarps + warp_id();
+  if (index >= params.num_tasks) return;
+  Task task = task_at<kConsumers>(params.grid, params.heads, index);
+  StageWriter writer{params, stage_places<kConsumers, kBlocks>(params.schedule, params.grid, task, index)};
+
+  BlockWindow<kConsumers> window;
+#pragma unroll
+  for (int i = 0; i < kConsumers; i++) {
+    bool exists = i < task.blocks;
+    int block = task.block(params.grid, exists ? i : 0);
+    const int32_t* list;
+    int count;
+    if (params.compressed.offsets) {
+      const int32_t* row = params.compressed.offsets + task.head_row * (params.grid.num_cubes() + 1) + block;
+      list = params.compressed.entries + task.head_row * params.compressed.entries_per_head + row[0];
+      count = row[1] - row[0];
+    } else {
+      list = params.lists.list(task.batch, task.head, block);
+      count = params.lists.count(task.batch, task.head, block);
+    }
+    window.start(i, list, exists ? count : 0);
+  }
+  std::conditional_t<kBlocks == 2, PairScheduler<kConsumers>, SingleScheduler<kConsumers>> scheduler{writer};
+  while (!window.ended()) scheduler.take(window);
+  scheduler.take_rest();
+  if (lane_id() == 0) params.counts[index] = scheduler.stages;
+}
+
+}  // namespace vsa

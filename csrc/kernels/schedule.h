@@ -1,0 +1,44 @@
+// The order in which the consumers of a fine kernel's CTA work through their block lists, for host plans and
+// kernels: schedule.cuh makes it, tile_ring.cuh reads it.
+#pragma once
+
+#include "kernels/cube_grid.h"
+
+namespace vsa {
+
+// A CTA's task: blocks of one head that are neighbours along time, one a consumer. Its lists are cut into
+// stages of one or two blocks which the same consumers chose: these are loaded once and shared.
+struct Stage {
+  uint32_t first;   // block | members (a bit a consumer) << kStageBlockBits | kStagePartial
+  uint32_t second;  // block | kStagePadded | kStagePartial
+};
+constexpr int kStageBlockBits = 25;
+constexpr int kMostMembers = 4;
+constexpr uint32_t kStagePadded = 1u << 30;   // no second block: the first one again, which counts for nothing
+constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no token
+
+// The stages of all tasks. With `offsets`, task by task along the compressed rows of its lists (the list of
+// the task's first block, then the second's); else `task_stages` apart.
+struct Schedule {
+  const Stage* stages;     // null: every block has all blocks
+  const int32_t* counts;   // [batch * heads * groups] stages of each task
+  const int32_t* offsets;  // [batch * heads, blocks + 1] of the compressed lists, or null
+  int64_t task_stages;     // from one task's stages to the next one's
+  int64_t head_stages;     // with offsets: from one head's stages to the next one's
+};
+
+// A list of n blocks is a member of exactly ceil(n / blocks_per_stage) stages, so that a task has at most the
+// sum of these over its lists.
+constexpr int64_t most_stages(int64_t lists, int64_t longest, int blocks_per_stage) {
+  return lists * ceil_div(longest, blocks_per_stage);
+}
+
+// Where the stages of compressed list number `row`, which begins at `offset`, may begin.
+VSA_HOST_DEVICE int64_t first_stage(int64_t offset, int64_t row, int blocks_per_stage) {
+  return blocks_per_stage == 1 ? offset : (offset + row) / 2;
+}
+constexpr int64_t most_head_stages(int64_t entries, int64_t rows, int blocks_per_stage) {
+  return blocks_per_stage == 1 ? entries : (entries + rows) / 2 + 1;
+}
+
+}  // namespace vsa

@@ -1,0 +1,30 @@
+#pragma once
+
+#include "kernels/block_list.h"
+#include "kernels/schedule.h"
+
+namespace vsa {
+
+// Lists as compressed rows, as transpose_index makes them.
+struct CompressedLists {
+  const int32_t* offsets;  // [batch * heads, rows + 1]; null where the lists are not compressed
+  const int32_t* entries;  // [batch * heads, entries_per_head]
+  int64_t entries_per_head;
+};
+
+struct ScheduleParams {
+  BlockLists lists;
+  CompressedLists compressed;  // instead of `lists`, where it has offsets
+  CubeGrid grid;               // of the blocks that have lists
+  CubeGrid listed_grid;        // of the blocks that lists name
+  const int32_t* block_sizes;  // [listed blocks] valid prefix, or null
+  Schedule schedule;
+  Stage* stages;    // of schedule, to write
+  int32_t* counts;  // [num_tasks]
+  int32_t heads;
+  int32_t num_tasks;
+};
+
+constexpr int kScheduleWarps = 4;  // of a CTA; a task each
+
+}  // namespace vsa

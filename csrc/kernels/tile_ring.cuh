@@ -1,0 +1,155 @@
+// A ring of tiles between a producer warp and the consumer warpgroups of a fine kernel, filled in the order of
+// their schedule. Stages are numbered from the kernel's start: its "position".
+//
+// Barriers. full, of position % 64: one arrival by the producer and the bytes of its loads. empty, of a tile:
+// an arrival by each warp of each consumer, once nothing of it reads the tile any more; the producer itself
+// arrives for those that pass over the stage. landed: of a tile whose pads the producer clears before it
+// publishes it.
+//
+// A consumer goes from one stage that it attends straight to the next, without a look at those between. It
+// attends what it is a member of, and every 32nd stage of a task; so at most 32 lie between, and the phase bit
+// of a full barrier cannot mislead it: what it attended last had been filled, hence all that is 64 positions
+// back from the next had been; and 64 positions further nothing is filled before it has released its own.
+#pragma once
+
+#include "kernels/stage_run.cuh"
+#include "kernels/tile_ring.h"
+
+namespace vsa {
+
+struct Nothing {};
+
+template <class Tile_, int kStages_, int kConsumers_, class Extra_ = Nothing>
+struct TileRing {
+  using Tile = Tile_;
+  using Extra = Extra_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;  // of a consumer
+  static_assert(kRingVisits + kStages <= kRingFullBarriers);
+
+  Tile tiles[kStages];
+  Extra extras[kStages];  // what the producer writes or loads beside a tile
+  Barrier full[kRingFullBarriers], empty[kStages], landed;
+
+  // Threads 0 to kRingFullBarriers - 1, each before fence_barrier_init, then __syncthreads.
+  VSA_DEVICE void init(int thread) {
+    full[thread].init(1);
+    if (thread < kStages) empty[thread].init(kConsumers * kWarps);
+    if (thread == 0) landed.init(1);
+  }
+
+  VSA_DEVICE Tile& tile(uint32_t position) { return tiles[position % kStages]; }
+  VSA_DEVICE Extra& extra(uint32_t position) { return extras[position % kStages]; }
+  VSA_DEVICE void await(uint32_t position) {
+    full[position % kRingFullBarriers].wait(position / kRingFullBarriers % 2);
+  }
+  // A warp of a consumer has finished with a tile. What its wgmma read is read: the caller waited for that.
+  VSA_DEVICE void release(uint32_t position) {
+    __syncwarp();
+    if (elect_one()) empty[position % kStages].arrive();
+  }
+};
+
+// The producer of one ring. It keeps its place from task to task.
+template <class Ring, int kBlocks>
+class TileProducer {
+ public:
+  VSA_DEVICE explicit TileProducer(Ring& ring) : ring_(ring) {}
+
+  // A whole warp: the stages of one task. load(stage, slot, full), in one thread, arrives at `full`, expects
+  // bytes and starts the copies. With `clears`, slots behind a block's valid prefix become zero: pads hold
+  // real memory, perhaps NaN, and 0 * NaN would spoil a product.
+  template <class Load>
+  VSA_DEVICE void fill(const StageRun<kBlocks>& run, bool clears, Load load) {
+    for (int base = 0; base < run.count; base += kWarpThreads) {
+      Stage window = run.load(base + lane_id());
+      int count = min(kWarpThreads, run.count - base);
+      for (int i = 0; i < count; i++) {
+        Stage stage{__shfl_sync(0xffffffffu, window.first, i), __shfl_sync(0xffffffffu, window.second, i)};
+        int others = i % kRingVisits == 0 ? 0 : Ring::kConsumers - __popc(stage_members(stage));
+        int prefixes[2] = {kCubeTokens, kCubeTokens};
+        if (clears) {
+          prefixes[0] = run.blocks.prefix(stage_block(stage.first));
+          prefixes[1] = run.blocks.prefix(stage_block(stage.second));
+        }
+        bool clear = min(prefixes[0], prefixes[1]) < kCubeTokens;
+        Barrier& full = ring_.full[position_ % kRingFullBarriers];
+        ring_.empty[at_.stage].wait(at_.phase ^ 1);
+        if (elect_one()) {
+          if (others > 0) ring_.empty[at_.stage].arrive(others * Ring::kWarps);
+          load(stage, at_.stage, clear ? ring_.landed : full);
+        }
+        __syncwarp();
+        if (clear) {
+          ring_.landed.wait(landed_phase_);
+          landed_phase_ ^= 1;
+          auto& tile = ring_.tiles[at_.stage];
+          for (int b = 0; b < kBlocks; b++) {
+            zero_rows(tile, b * kCubeTokens + prefixes[b], (b + 1) * kCubeTokens);
+          }
+          fence_async_shared();  // wgmma reads the zeros through the async proxy
+          __syncwarp();
+          if (elect_one()) full.arrive();
+          __syncwarp();
+        }
+        position_++;
+        at_.advance();
+      }
+    }
+  }
+
+ private:
+  Ring& ring_;
+  RingPosition<Ring::kStages> at_;
+  uint32_t position_ = 0;
+  uint32_t landed_phase_ = 0;
+};
+
+// One thread: a stage's blocks of one head into a tile of kBlocks * 64 rows. `full` gets the bytes.
+template <int kBlocks, class Tile>
+VSA_DEVICE void load_blocks(Tile& tile, const CUtensorMap& map, const CubeCoordinates& at,
+                            const CubeGrid& grid, const Task& task, const Stage& stage, Barrier& full) {
+  static_assert(Tile::kRows == kBlocks * kCubeTokens);
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    CubeAddress cube = task.address(grid, stage_block(b ? stage.second : stage.first));
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; panel++) {
+      int32_t coordinates[5];
+      box_coordinates(coordinates, at, cube, panel);
+      load_async(tile.panel(panel) + b * kCubeTokens * Tile::kPanelCols, map, coordinates, full);
+    }
+  }
+}
+
+// A stage that a consumer attends.
+struct StageAt {
+  uint32_t position;
+  int index;  // in its task
+  bool member, shared, marked;  // shared: all consumers are members
+};
+
+// A consumer's way through the stages of one task: attend(StageAt) for each that it attends, `marked` as
+// mark(Stage) says. `window` is run.load(lane); `position` that of the task's first stage, then of the next
+// task's. By vote: the compiler then knows that the warp stays whole.
+template <int kConsumers, int kBlocks, class Mark, class Attend>
+VSA_DEVICE void walk_stages(const StageRun<kBlocks>& run, Stage window, int consumer, uint32_t& position,
+                            Mark mark, Attend attend) {
+  for (int base = 0; __any_sync(0xffffffffu, base < run.count); base += kWarpThreads) {
+    uint32_t members = stage_members(window);
+    uint32_t mine = __ballot_sync(0xffffffffu, members >> consumer & 1);
+    uint32_t shared = __ballot_sync(0xffffffffu, members == (1u << kConsumers) - 1);
+    uint32_t marked = __ballot_sync(0xffffffffu, mark(window));
+    window = run.load(base + kWarpThreads + lane_id());
+    static_assert(kRingVisits == kWarpThreads);  // the first of each window is a visit
+    for (uint32_t todo = mine | 1; todo; todo &= todo - 1) {
+      int i = __ffs(todo) - 1;
+      attend(StageAt{position + i, base + i, bool(mine >> i & 1), bool(shared >> i & 1),
+                     bool(marked >> i & 1)});
+    }
+    position += min(kWarpThreads, run.count - base);
+  }
+}
+
+}  // namespace vsa

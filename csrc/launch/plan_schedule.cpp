@@ -1,0 +1,119 @@
+#include "launch/plan_schedule.h"
+
+#include <limits>
+
+#include "kernels/fine_backward_params.h"
+#include "kernels/fine_forward_params.h"
+#include "launch/check.h"
+
+namespace vsa {
+
+namespace {
+
+struct Grouping {
+  int consumers, stage_blocks;
+};
+
+Grouping grouping(const ScheduleArguments& arguments) {
+  int head_dim = int(arguments.head_dim);
+  switch (arguments.pass) {
+    case FinePass::kForward:
+      return {fine_forward_consumers(head_dim), kForwardStageBlocks};
+    case FinePass::kBackwardKv:
+      return {kBackwardConsumers, fine_backward_kv_stage_blocks(head_dim)};
+    default:
+      return {kBackwardConsumers, kBackwardQStageBlocks};
+  }
+}
+
+int64_t head_stages(const ScheduleArguments& arguments) {
+  return most_head_stages(arguments.compressed.entries_per_head, arguments.grid.num_cubes(),
+                          grouping(arguments).stage_blocks);
+}
+
+}  // namespace
+
+BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks) {
+  BlockLists lists{};
+  lists.num_blocks = int32_t(num_blocks);
+  if (entries.address == 0) return lists;
+  check_argument(counts.address != 0 && counts.strides.size() == 3,
+                 "kv_num_blocks: got no tensor of 3 dimensions, expected [batch, heads, num_q_blocks] int32");
+  check_argument(
+      entries.strides.size() == 4 && entries.strides[3] == 1,
+      "kv_indices: got no tensor of 4 dimensions with the last one contiguous, expected [batch, heads, "
+      "num_q_blocks, max_blocks] int32");
+  lists.counts = pointer<const int32_t>(counts.address);
+  lists.entries = pointer<const int32_t>(entries.address);
+  for (int i = 0; i < 3; i++) {
+    lists.count_strides[i] = counts.strides[i];
+    lists.entry_strides[i] = entries.strides[i];
+  }
+  return lists;
+}
+
+FinePass fine_pass(const std::string& name) {
+  if (name == "fine_forward") return FinePass::kForward;
+  if (name == "fine_backward_kv") return FinePass::kBackwardKv;
+  check_argument(name == "fine_backward_q", "pass: got ", name,
+                 ", expected fine_forward, fine_backward_kv or fine_backward_q");
+  return FinePass::kBackwardQ;
+}
+
+int64_t num_tasks(const ScheduleArguments& arguments) {
+  return ceil_div(arguments.grid.num_cubes(), grouping(arguments).consumers) * arguments.heads *
+         arguments.batch;
+}
+
+int64_t num_stages(const ScheduleArguments& arguments) {
+  auto [consumers, stage_blocks] = grouping(arguments);
+  if (arguments.compressed.offsets) return head_stages(arguments) * arguments.heads * arguments.batch;
+  return num_tasks(arguments) * most_stages(consumers, arguments.max_blocks, stage_blocks);
+}
+
+Schedule make_schedule(const ScheduleArguments& arguments) {
+  auto [consumers, stage_blocks] = grouping(arguments);
+  Schedule schedule{};
+  schedule.stages = pointer<const Stage>(arguments.stages);
+  schedule.counts = pointer<const int32_t>(arguments.counts);
+  schedule.offsets = arguments.compressed.offsets;
+  schedule.task_stages = most_stages(consumers, arguments.max_blocks, stage_blocks);
+  schedule.head_stages = arguments.compressed.offsets ? head_stages(arguments) : 0;
+  return schedule;
+}
+
+LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
+  auto [consumers, stage_blocks] = grouping(arguments);
+  check_argument(!arguments.lists.entries != !arguments.compressed.offsets,
+                 "kv_indices, q_offsets: got both or neither, expected one of the two");
+  check_argument(!arguments.compressed.offsets == !arguments.compressed.entries,
+                 "q_offsets, q_indices: got one of the two, expected both");
+  check_argument(!arguments.compressed.offsets || consumers == 2,
+                 "q_offsets: got compressed lists for ", consumers, " consumers, expected 2");
+  check_argument(arguments.compressed.entries_per_head <= std::numeric_limits<int32_t>::max(),
+                 "q_indices: got ", arguments.compressed.entries_per_head,
+                 " entries a head, expected at most 2^31 - 1");
+  check_argument(arguments.stages != 0 && arguments.counts != 0,
+                 "stages, counts: got a null pointer, expected device memory");
+
+  ScheduleParams params{};
+  params.lists = arguments.lists;
+  params.compressed = arguments.compressed;
+  params.grid = arguments.grid;
+  params.listed_grid = arguments.listed_grid;
+  params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
+  params.schedule = make_schedule(arguments);
+  params.stages = pointer<Stage>(arguments.stages);
+  params.counts = pointer<int32_t>(arguments.counts);
+  params.heads = int32_t(arguments.heads);
+  params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
+
+  LaunchPlan plan;
+  plan.kernel = text(stage_blocks == 2 ? "schedule_pairs_of_" : "schedule_singles_of_", consumers);
+  plan.set_params(params);
+  plan.grid[0] = uint32_t(ceil_div(params.num_tasks, kScheduleWarps));
+  plan.block[0] = kScheduleWarps * 32;
+  return plan;
+}
+
+}  // namespace vsa
