@@ -96,7 +96,8 @@ FineBackwardArguments fine_backward_arguments(
     const TokenTensor& query, const TokenTensor& key, const TokenTensor& value, const TokenTensor& grad_out,
     const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
     const CubeGrid& q_grid, const CubeGrid& kv_grid, const Schedule& kv_schedule, const Schedule& q_schedule,
-    uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t dq_pooled,
+    uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t row_terms,
+    uint64_t dq_pooled,
     uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid,
     double scale, int num_sms) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
@@ -107,6 +108,7 @@ FineBackwardArguments fine_backward_arguments(
   arguments.q_block_sizes = q_block_sizes;
   arguments.lse = lse;
   arguments.delta = delta;
+  arguments.row_terms = row_terms;
   arguments.dq_pooled = dq_pooled;
   arguments.dk_pooled = dk_pooled;
   arguments.dv_pooled = dv_pooled;
@@ -214,7 +216,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,
            "q_schedule"_a, "block_sizes"_a,
-           "q_block_sizes"_a, "lse"_a, "delta"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
+           "q_block_sizes"_a, "lse"_a, "delta"_a, "row_terms"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
            "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a,
            "num_sms"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);

@@ -272,9 +272,9 @@ def test_tiles_that_several_cubes_need_are_loaded_once(seed):
         (1, 1, 128), cube=LINEAR, kv_shape=(1, 1, 256), kv_cube=LINEAR, head_dim=128, lists="dense", seed=seed
     )
     check_fine_backward(simulated, case)
-    panels, keys_pass, queries_pass = 2, *reports[2:]  # after two schedules
-    # Two tasks of two cubes: K and V, then Q and dO with a row each of LSE and delta.
-    assert keys_pass.async_copies == 2 * (2 * 2 * panels + 2 * (2 * panels + 2))
+    panels, queries_pass, keys_pass = 2, *reports[2:]  # after two schedules
+    # Two tasks of two cubes: K and V, then Q and dO with the rows' terms.
+    assert keys_pass.async_copies == 2 * (2 * 2 * panels + 2 * (2 * panels + 1))
     # One task of two cubes: Q and dO, then K and V.
     assert queries_pass.async_copies == 2 * 2 * panels + 4 * 2 * panels
 
@@ -376,7 +376,7 @@ def backward_plans(video=(9, 7, 6), head_dim=128, heads=3, batch=2, **changes):
     tensor = C.TokenTensor(address=1 << 20, shape=shape, strides=strides, dtype="bfloat16")
     arguments = {
         "kv_schedule": C.Schedule(), "q_schedule": C.Schedule(), "scale": 0.1, "lse": 1 << 20,
-        "delta": 1 << 20, "num_sms": 132,
+        "delta": 1 << 20, "row_terms": 1 << 20, "num_sms": 132,
     }  # fmt: skip
     grids = ("q_grid", "kv_grid", "pooled_q_grid", "pooled_kv_grid")
     tensors = ("query", "key", "value", "grad_out", "grad_query", "grad_key", "grad_value")
@@ -390,11 +390,11 @@ def backward_plans(video=(9, 7, 6), head_dim=128, heads=3, batch=2, **changes):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fine_backward_plans(head_dim):
     kv, q = backward_plans(head_dim=head_dim)
-    assert kv.kernel == f"fine_backward_kv_d{head_dim}_bf16" and len(kv.maps) == 6
-    assert q.kernel == f"fine_backward_q_d{head_dim}_bf16" and len(q.maps) == 5
-    for plan, consumers in ((kv, 2), (q, 2 if head_dim == 128 else 3)):
-        assert plan.grid == (12 // consumers * 6, 1, 1)  # 12 cubes in groups, 3 heads, batch 2
-        assert plan.block == (128 * (consumers + 1), 1, 1)
+    assert kv.kernel == f"fine_backward_kv_d{head_dim}_bf16" and len(kv.maps) == 4
+    assert q.kernel == f"fine_backward_q_d{head_dim}_bf16" and len(q.maps) == 4
+    for plan in (kv, q):
+        assert plan.grid == (12 // 2 * 6, 1, 1)  # 12 cubes in pairs, 3 heads, batch 2
+        assert plan.block == (128 * 3, 1, 1)
         assert plan.shared_bytes <= SHARED_BYTES_OF_AN_SM
 
 
@@ -407,15 +407,15 @@ def test_fine_backward_plan_refuses_another_videos_pooled_gradients():
 
 def test_fine_backward_plan_of_a_million_tokens():
     kv, q = backward_plans((61, 128, 128), heads=40, batch=1)
-    assert kv.grid == q.grid == (16 * 32 * 32 // 2 * 40, 1, 1)
+    assert kv.grid == q.grid == (132, 1, 1)  # CTAs take task after task
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"lse": 0}, "lse: got a null pointer"),
-        ({"delta": (1 << 20) + 4}, "delta: got an address that is not 16-byte aligned"),
-        ({"q_offsets": 0}, "q_offsets, q_indices: got one of the two"),
+        ({"row_terms": (1 << 20) + 4}, "row_terms: got an address that is null or not 16-byte aligned"),
+        ({"num_sms": 0}, "num_sms: got 0"),
         ({"scale": float("nan")}, "scale: got nan"),
     ],
 )

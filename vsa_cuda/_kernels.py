@@ -293,7 +293,7 @@ def _differentiate(
     grad_fine, query, key, value, lse, delta, gradients, q_grid, kv_grid, scale, lists=(None, None),
     transposed=(None, None), sizes=(None, None), pooled=(None, None, None), pooled_grids=None,
 ):  # fmt: skip
-    """dK and dV, then dQ, into `gradients` (q, k, v). Without lists all pairs of blocks."""
+    """dQ, then dK and dV, into `gradients` (q, k, v). Without lists all pairs of blocks."""
     C = _extension.load()
     # Named, so that a packed copy and a schedule live until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
@@ -302,6 +302,7 @@ def _differentiate(
         "fine_backward_kv", query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
     )
     q_schedule, _kept_q = _schedule("fine_backward_q", query, q_grid, kv_grid, sizes[0], lists)
+    row_terms = lse.new_empty((*lse.shape, 8), dtype=torch.bfloat16)
     pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     arguments = C.FineBackwardArguments(
         query=_tokens(query),
@@ -319,6 +320,7 @@ def _differentiate(
         q_block_sizes=_address(sizes[1]),
         lse=_address(lse),
         delta=_address(delta),
+        row_terms=row_terms.data_ptr(),
         dq_pooled=_address(dq_pooled),
         dk_pooled=_address(dk_pooled),
         dv_pooled=_address(dv_pooled),
@@ -327,8 +329,8 @@ def _differentiate(
         scale=scale,
         num_sms=_extension.num_sms(query.device),
     )
-    _extension.launch(C.plan_fine_backward_kv(arguments), query)
     _extension.launch(C.plan_fine_backward_q(arguments), query)
+    _extension.launch(C.plan_fine_backward_kv(arguments), query)
 
 
 def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):

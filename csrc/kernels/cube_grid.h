@@ -36,10 +36,11 @@ struct CubeGrid {
   Extent3 log2_cube;
   Extent3 cubes;
   uint32_t reciprocal_w, reciprocal_h;  // of cubes.w and cubes.h: see divide()
+  int32_t total_cubes;
 
   bool operator==(const CubeGrid&) const = default;
 
-  VSA_HOST_DEVICE int num_cubes() const { return cubes.t * cubes.h * cubes.w; }
+  VSA_HOST_DEVICE int num_cubes() const { return total_cubes; }
   VSA_HOST_DEVICE int64_t num_tokens() const { return int64_t(video.t) * video.h * video.w; }
 
   // Cube number `position` when time runs fastest. Neighbours in this order are neighbours in time, whose

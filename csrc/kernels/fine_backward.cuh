@@ -20,8 +20,13 @@ namespace vsa {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class FirstExtra,
-          class SecondExtra>
+// A pass without shared memory of its own.
+struct NothingOwn {
+  VSA_DEVICE void init(int) {}
+};
+
+// Extra: beside a tile of the first ring. Own: shared memory of the pass, with init(thread) for threads 0 to 63.
+template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class Extra, class Own>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -34,8 +39,8 @@ struct FineBackward {
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using StageTile = SharedTile<T, kStageTokens, kHeadDim>;
-  using FirstRing = TileRing<StageTile, kStages.first, kConsumers, FirstExtra>;
-  using SecondRing = TileRing<StageTile, kStages.second, kConsumers, SecondExtra>;
+  using FirstRing = TileRing<StageTile, kStages.first, kConsumers, Extra>;
+  using SecondRing = TileRing<StageTile, kStages.second, kConsumers>;
   using Run = StageRun<kStageBlocks>;
   struct Resident {
     Tile first, second;
@@ -46,6 +51,7 @@ struct FineBackward {
     SecondRing second;
     Barrier resident_full[kConsumers];   // the producer's arrival and the bytes of both tiles
     Barrier resident_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
+    Own own;
   };
 };
 
@@ -57,7 +63,7 @@ struct MappedTokens {
 
 template <class Kernel>
 VSA_DEVICE Task fine_backward_task(const FineBackwardParams& params, int index) {
-  return task_at<Kernel::kConsumers>(Kernel::grid(params), params.heads, index);
+  return task_at<Kernel::kConsumers>(Kernel::grid(params), params.heads, params.groups, index);
 }
 
 template <class Kernel>
@@ -90,10 +96,11 @@ VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, con
   }
 }
 
-// A warp that fills one ring; load(task, run, stage, slot, full) as TileProducer's.
-template <class Kernel, class Ring, class Load>
+// A warp that fills one ring, of the two the first if kFirst; load(task, run, stage, slot, full) as
+// TileProducer's.
+template <class Kernel, bool kFirst, class Ring, class Load>
 VSA_DEVICE void fine_backward_fill(Ring& ring, const FineBackwardParams& params, Load load) {
-  TileProducer<Ring, Kernel::kStageBlocks> producer(ring);
+  TileProducer<Ring, Kernel::kStageBlocks, kFirst> producer(ring);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     Task task = fine_backward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_backward_run<Kernel>(params, task, index);
@@ -101,6 +108,21 @@ VSA_DEVICE void fine_backward_fill(Ring& ring, const FineBackwardParams& params,
       load(task, run, stage, slot, full);
     };
     producer.fill(run, run.blocks.sizes, load_stage);
+  }
+}
+
+// Registers kBegin to kEnd - 1 of `scores` become exp2(scale * scores + shift), a shift a row.
+template <int kBegin, int kEnd, int kCols>
+VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, float scale, const RowVector& shift) {
+  uint32_t zero = 0;
+#pragma unroll
+  for (int begin = kBegin; begin < kEnd; begin += kExp2Chunk) {
+    float tied[2] = {tie(shift.data[0], zero), tie(shift.data[1], zero)};
+#pragma unroll
+    for (int i = begin; i < begin + kExp2Chunk; i++) {
+      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale, tied[i / 2 % 2]));
+    }
+    zero = sign_bit(scores.data[begin]);
   }
 }
 
@@ -159,16 +181,20 @@ struct FineBackwardConsumer {
   bool pending;
   uint32_t pending_position;
 
-  VSA_DEVICE void attend(const StageAt& at) {
-    // What is pending holds tiles that others may wait to see replaced.
-    if (pending && (!at.member || at.position - pending_position >= Kernel::kHeldStages)) finish();
-    if (!at.member) {
-      shared.first.await(at.position);
-      shared.first.release(at.position);
-      shared.second.await(at.position);
-      shared.second.release(at.position);
-      return;
-    }
+  // What is pending holds tiles that others may wait to see replaced.
+  VSA_DEVICE void finish_before(uint32_t position) {
+    bool due = pending && position - pending_position >= Kernel::kHeldStages;
+    if (__any_sync(0xffffffffu, due)) finish();
+  }
+
+  VSA_DEVICE void visit(uint32_t position) {
+    finish_before(position);
+    shared.first.await(position);
+    shared.first.release(position);
+  }
+
+  VSA_DEVICE void step(const StageAt& at) {
+    finish_before(at.position);
     pass.step(*this, at);
     pending = true;
     pending_position = at.position;
@@ -178,7 +204,7 @@ struct FineBackwardConsumer {
   template <int kLater>
   VSA_DEVICE void settle() {
     pass.template wait<kLater>();
-    if (pending) pass.release(shared, pending_position);
+    if (__any_sync(0xffffffffu, pending)) pass.release(shared, pending_position);
   }
   VSA_DEVICE void finish() {
     settle<0>();
@@ -195,13 +221,12 @@ VSA_DEVICE bool fine_backward_attend(FineBackwardConsumer<Kernel>& self, int ind
   typename Kernel::Run run = fine_backward_run<Kernel>(self.params, task, index);
   Stage window = run.load(lane_id());
   bool exists = self.consumer < task.blocks;
-  self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0));
+  self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0), exists);
   if (exists) {
     shared.resident_full[self.consumer].wait(resident_phase);
     resident_phase ^= 1;
   }
-  walk_stages<Kernel::kConsumers>(run, window, self.consumer, position, Kernel::mark,
-                                  [&self](const StageAt& at) { self.attend(at); });
+  walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
   self.finish();
   if (!exists) return false;
   __syncwarp();
@@ -237,6 +262,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
       shared.resident_full[threadIdx.x].init(1);
       shared.resident_empty[threadIdx.x].init(kWarpgroupThreads / kWarpThreads);
     }
+    shared.own.init(threadIdx.x);
     fence_barrier_init();
   }
   __syncthreads();

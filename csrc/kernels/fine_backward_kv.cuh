@@ -1,8 +1,9 @@
 // Fine stage, backward, key side: dK and dV, each written once.
 //
 // A consumer keeps K and V of a key cube and walks the query cubes that chose it, 128 queries at a time at
-// head_dim 64, else 64: first ring Q with LSE, second dO with delta. Rows are keys: S^T = K Q^T, dP^T = V dO^T,
-// so that P^T and dS^T are matrix operands in registers. Per member stage i, block by block of its queries:
+// head_dim 64, else 64: first ring Q with the queries' terms, second dO. Rows are keys: S^T = K Q^T, dP^T =
+// V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta, which lie across the lanes then,
+// come in as products (row_terms.cuh). Per member stage i, block by block of its queries:
 //
 //   tensor cores   | dK(i-1) | S(i) | dP(i) - delta | dV += P(i)^T dO | dK += dS(i)^T Q ...
 //   consumer       |  wait dK, release i-1 | P(i) ----- | dS(i) -----  | wait dV
@@ -11,34 +12,27 @@
 #pragma once
 
 #include "kernels/fine_backward.cuh"
+#include "kernels/row_terms.cuh"
 
 namespace vsa {
 
-// LSE, or delta, of a stage's queries; alike +inf and 0 in slots without a token.
 template <int kBlocks>
-struct QueryRows {
-  float rows[kBlocks * kCubeTokens];
+struct QueryTerms {
+  RowTerms blocks[kBlocks];
 };
 
-// A number for each column of a block, of which a lane holds those of its columns: 2j, 2j + 1 of group j.
-struct ColumnVector {
-  float data[kCubeTokens / 4];
+struct TermSelectors {
+  TermSelector lse, delta;
 
-  VSA_DEVICE float of(int i) const { return data[i / 4 * 2 + i % 2]; }  // of a tile's register i
-};
-
-VSA_DEVICE void fill(ColumnVector& vector, float value) {
-  for (float& x : vector.data) x = value;
-}
-
-VSA_DEVICE void load(ColumnVector& result, const float* row) {
-#pragma unroll
-  for (int j = 0; j < kCubeTokens / 8; j++) {
-    float2 pair = *reinterpret_cast<const float2*>(row + 8 * j + tile_column());
-    result.data[2 * j] = pair.x;
-    result.data[2 * j + 1] = pair.y;
+  VSA_DEVICE void init(int thread) {
+    if (thread < 16) {
+      lse.init(thread, 0);
+      delta.init(thread, 2);
+    }
+    fence_async_shared();  // wgmma reads them through the async proxy
   }
-}
+};
+static_assert(sizeof(TermSelectors) == kTermSelectorsBytes && sizeof(RowTerms) == kCubeTokens * kRowTermsBytes);
 
 // A consumer's registers through the loop.
 template <class Kernel>
@@ -51,7 +45,7 @@ struct FineBackwardKvPass {
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
   HalfTile<T, kCubeTokens> probabilities[kBlocks], grad_scores[kBlocks];  // the last of these is pending
 
-  VSA_DEVICE void begin(const FineBackwardParams&, const Task&, int) {
+  VSA_DEVICE void begin(const FineBackwardParams&, const Task&, int, bool) {
     zero(grad_key);
     zero(grad_value);
   }
@@ -69,46 +63,24 @@ struct FineBackwardKvPass {
     typename Kernel::Shared& shared = self.shared;
     typename Kernel::Resident& resident = shared.resident[self.consumer];
     auto &queries = shared.first.tile(at.position), &grad_outs = shared.second.tile(at.position);
+    auto& terms = shared.first.extra(at.position).blocks;
     Scores scores, grads;
     shared.first.await(at.position);
     mma_fence();
-    mma_ABt(scores, resident.first, queries, false);
+    mma_terms(scores, shared.own.lse, terms);
+    mma_ABt(scores, resident.first, queries, true);
     mma_commit();
     self.template settle<1>();
     shared.second.await(at.position);
-#pragma unroll
-    for (int b = 0; b < kBlocks; b++) {
-      ColumnVector delta;
-      load(delta, shared.second.extra(at.position).rows + b * kCubeTokens);
-#pragma unroll
-      for (int i = 0; i < kBlockRegisters; i++) grads.data[b * kBlockRegisters + i] = -delta.of(i);
-    }
-    pin(grads);
     mma_fence();
+    mma_terms(grads, shared.own.delta, terms);
     mma_ABt(grads, resident.second, grad_outs, true);
     mma_commit();
-#pragma unroll
-    for (int b = 0; b < kBlocks; b++) {
-      ColumnVector lse;
-      load(lse, shared.first.extra(at.position).rows + b * kCubeTokens);
-      if (b == 1 && at.marked) fill(lse, INFINITY);  // the first block again: counts for nothing
-      float* scores_of = scores.data + b * kBlockRegisters;
-      if (b == 0) mma_wait<1>(scores);
-#pragma unroll
-      for (int i = 0; i < kBlockRegisters; i++) {
-        scores_of[i] = exp2_approx(fmaf(scores_of[i], self.params.scale_log2, -kLog2E * lse.of(i)));
-      }
-      convert(probabilities[b], scores, b * kCubeTokens);
-      mma_fence();
-      mma_AB(grad_value, probabilities[b], grad_outs, true, b * kCubeTokens);
-      mma_commit();
-      if (b == 0) mma_wait<1>(grads);
-#pragma unroll
-      for (int i = 0; i < kBlockRegisters; i++) grads.data[b * kBlockRegisters + i] *= scores_of[i];
-      convert(grad_scores[b], grads, b * kCubeTokens);
-      mma_fence();
-      mma_AB(grad_key, grad_scores[b], queries, true, b * kCubeTokens);
-      mma_commit();
+    mma_wait<1>(scores);
+    block_step<0>(scores, grads, self.params.scale_log2, 0.0f, queries, grad_outs);
+    // A padded stage's second block is its first one again: it counts for nothing.
+    if constexpr (kBlocks == 2) {
+      block_step<1>(scores, grads, self.params.scale_log2, at.marked ? -INFINITY : 0.0f, queries, grad_outs);
     }
     // Only the last product runs into the next step: ptxas finds no registers for more.
     if constexpr (kBlocks == 1) {
@@ -116,6 +88,25 @@ struct FineBackwardKvPass {
     } else {
       mma_wait<1>(grad_value, probabilities[0], grad_scores[0], probabilities[1]);
     }
+  }
+
+  // P and dS of a stage's block of queries, and what it adds to dV and dK.
+  template <int kBlock>
+  VSA_DEVICE void block_step(Scores& scores, Scores& grads, float scale_log2, float shift,
+                             typename Kernel::StageTile& queries, typename Kernel::StageTile& grad_outs) {
+    constexpr int kBegin = kBlock * kBlockRegisters, kFirstToken = kBlock * kCubeTokens;
+    exponentiate<kBegin, kBegin + kBlockRegisters>(scores, scale_log2, {shift, shift});
+    convert(probabilities[kBlock], scores, kFirstToken);
+    mma_fence();
+    mma_AB(grad_value, probabilities[kBlock], grad_outs, true, kFirstToken);
+    mma_commit();
+    if (kBlock == 0) mma_wait<1>(grads);
+#pragma unroll
+    for (int i = kBegin; i < kBegin + kBlockRegisters; i++) grads.data[i] *= scores.data[i];
+    convert(grad_scores[kBlock], grads, kFirstToken);
+    mma_fence();
+    mma_AB(grad_key, grad_scores[kBlock], queries, true, kFirstToken);
+    mma_commit();
   }
 
   VSA_DEVICE void store(const FineBackwardParams& params, const CubeAddress& address, int block) {
@@ -139,11 +130,10 @@ struct FineBackwardKvMaps {
 template <int kHeadDim, class T>
 struct FineBackwardKv
     : FineBackward<kHeadDim, T, fine_backward_kv_stage_blocks(kHeadDim), fine_backward_kv_stages(kHeadDim),
-                   QueryRows<fine_backward_kv_stage_blocks(kHeadDim)>,
-                   QueryRows<fine_backward_kv_stage_blocks(kHeadDim)>> {
+                   QueryTerms<fine_backward_kv_stage_blocks(kHeadDim)>, TermSelectors> {
   static constexpr int kBlocks = fine_backward_kv_stage_blocks(kHeadDim);
-  using Base = FineBackward<kHeadDim, T, kBlocks, fine_backward_kv_stages(kHeadDim), QueryRows<kBlocks>,
-                            QueryRows<kBlocks>>;
+  using Base = FineBackward<kHeadDim, T, kBlocks, fine_backward_kv_stages(kHeadDim), QueryTerms<kBlocks>,
+                            TermSelectors>;
   using Maps = FineBackwardKvMaps;
   using Pass = FineBackwardKvPass<FineBackwardKv>;
   // At head_dim 128 consumers need all that can be had.
@@ -165,30 +155,30 @@ struct FineBackwardKv
                                                 params);
   }
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    load_queries(shared.first, {maps.query, params.query}, params.lse, params);
-  }
-  VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    load_queries(shared.second, {maps.grad_out, params.grad_out}, params.delta, params);
-  }
-
- private:
-  // Tiles of Q or dO, and their `rows` [batch * heads, num_q_blocks, 64].
-  template <class Ring>
-  VSA_DEVICE static void load_queries(Ring& ring, const MappedTokens& tokens, const float* rows,
-                                      const FineBackwardParams& params) {
-    auto load = [&ring, &tokens, rows, &params](const Task& task, const typename Base::Run&,
-                                                const Stage& stage, int slot, Barrier& full) {
-      full.arrive_expect(Base::StageTile::kBytes + kBlocks * kBackwardRowBytes);
-      load_blocks<kBlocks>(ring.tiles[slot], tokens.map, tokens.at, params.q_grid, task, stage, full);
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+                                          int slot, Barrier& full) {
+      QueryTerms<kBlocks>& terms = shared.first.extras[slot];
+      full.arrive_expect(Base::StageTile::kBytes + sizeof(terms));
+      load_blocks<kBlocks>(shared.first.tiles[slot], maps.query, params.query, params.q_grid, task, stage,
+                           full);
 #pragma unroll
       for (int b = 0; b < kBlocks; b++) {
-        int64_t row =
+        int64_t block =
             task.head_row * params.q_grid.num_cubes() + stage_block(b ? stage.second : stage.first);
-        load_async(ring.extras[slot].rows + b * kCubeTokens, rows + row * kCubeTokens, kBackwardRowBytes,
+        load_async(&terms.blocks[b], static_cast<const RowTerms*>(params.row_terms) + block, sizeof(RowTerms),
                    full);
       }
     };
-    fine_backward_fill<FineBackwardKv>(ring, params, load);
+    fine_backward_fill<FineBackwardKv, true>(shared.first, params, load);
+  }
+  VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+                                          int slot, Barrier& full) {
+      full.arrive_expect(Base::StageTile::kBytes);
+      load_blocks<kBlocks>(shared.second.tiles[slot], maps.grad_out, params.grad_out, params.q_grid, task,
+                           stage, full);
+    };
+    fine_backward_fill<FineBackwardKv, false>(shared.second, params, load);
   }
 };
 

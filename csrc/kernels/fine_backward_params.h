@@ -14,7 +14,9 @@ struct FineBackwardParams {
   TokenRows grad_query, grad_key, grad_value;
   Schedule schedule;                            // of the pass
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
-  const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64]
+  const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64], for the query pass
+  void* row_terms;  // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass leaves for the
+                    // key pass
   // [batch, heads, cubes of pooled_grid, head_dim], the query's type; the query pass takes the first, the key
   // pass the others.
   const void *dq_pooled, *dk_pooled, *dv_pooled;
@@ -22,12 +24,12 @@ struct FineBackwardParams {
   bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   int32_t heads;
+  int32_t groups;     // of cubes in a head, a task each
   int32_t num_tasks;  // groups of the pass's cubes, over all heads and batch entries
 };
 
 // Of both passes: two consumer warpgroups, a cube each, which keep two tiles of it (key side: K, V; query
-// side: Q, dO), and two rings (Q, dO; or K, V). A tile of a ring is read in two products: the first ring's in
-// the first and the last one.
+// side: Q, dO), and two rings (Q, dO; or K, V).
 constexpr int kBackwardConsumers = 2;
 constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
 constexpr int kBackwardQStageBlocks = 2;
@@ -43,25 +45,27 @@ constexpr BackwardStages fine_backward_kv_stages(int head_dim) {
   return head_dim == 128 ? BackwardStages{5, 4} : BackwardStages{6, 5};
 }
 
-// `extra_bytes` beside a block of the first and of the second ring.
+// `extra_bytes` beside a block of the first ring, `own_bytes` of the pass.
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
-                                         int first_extra_bytes, int second_extra_bytes) {
+                                         int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
   return round_up(
-      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) +
-          tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * first_extra_bytes) +
-          tile_ring_bytes(stage_blocks * tile, stages.second, stage_blocks * second_extra_bytes),
+      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + own_bytes +
+          tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
+          tile_ring_bytes(stage_blocks * tile, stages.second, 0),
       kTileAlignment);
 }
-constexpr int kValidMaskBytes = 8;                    // of a key block
-constexpr int kBackwardRowBytes = kCubeTokens * 4;  // LSE or delta of a query block
+constexpr int kValidMaskBytes = 8;  // of a key block
+constexpr int kRowTermsBytes = 16;  // of a query
+constexpr int kTermSelectorsBytes = 2 * 256;
 constexpr int fine_backward_q_shared_bytes(int head_dim) {
   return fine_backward_shared_bytes(head_dim, kBackwardQStageBlocks, fine_backward_q_stages(head_dim),
                                     kValidMaskBytes, 0);
 }
 constexpr int fine_backward_kv_shared_bytes(int head_dim) {
   return fine_backward_shared_bytes(head_dim, fine_backward_kv_stage_blocks(head_dim),
-                                    fine_backward_kv_stages(head_dim), kBackwardRowBytes, kBackwardRowBytes);
+                                    fine_backward_kv_stages(head_dim), kCubeTokens * kRowTermsBytes,
+                                    kTermSelectorsBytes);
 }
 
 }  // namespace vsa

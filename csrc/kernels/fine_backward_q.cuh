@@ -1,15 +1,16 @@
 // Fine stage, backward, query side: dQ, written once.
 //
-// A consumer keeps Q and dO of a query cube and walks the key cubes of its list, 128 keys at a time: first
-// ring K, second V. Rows are queries. Per member stage i:
+// Runs before the key side. A consumer keeps Q and dO of a query cube and walks the key cubes of its list, 128
+// keys at a time: first ring K, second V. Rows are queries. Per member stage i:
 //
-//   tensor cores   | dQ += dS(i-1) K | S(i)    | dP(i) - delta |            | dQ += dS(i) K ...
+//   tensor cores   | dQ += dS(i-1) K | S(i)    | dP(i)         |            | dQ += dS(i) K ...
 //   consumer       |      wait dQ, release K(i-1) | P(i) ------ | dS(i), release V(i) |
 //
 // The other consumer's products fill the gaps.
 #pragma once
 
 #include "kernels/fine_backward.cuh"
+#include "kernels/row_terms.cuh"
 
 namespace vsa {
 
@@ -28,13 +29,19 @@ struct FineBackwardQPass {
   HalfTile<T, Kernel::kStageTokens> grad_scores;  // of the pending stage
   RowVector minus_lse_log2, minus_delta;
 
-  VSA_DEVICE void begin(const FineBackwardParams& params, const Task& task, int block) {
+  // Leaves the rows' terms for the key pass.
+  VSA_DEVICE void begin(const FineBackwardParams& params, const Task& task, int block, bool exists) {
     zero(grad_query);
-    int64_t row = task.head_row * params.q_grid.num_cubes() + block;
+    int64_t first_row = (task.head_row * params.q_grid.num_cubes() + block) * kCubeTokens;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      minus_lse_log2.data[half] = -kLog2E * __ldg(params.lse + row * kCubeTokens + tile_row(half));
-      minus_delta.data[half] = -__ldg(params.delta + row * kCubeTokens + tile_row(half));
+      int64_t row = first_row + tile_row(half);
+      float lse = __ldg(params.lse + row), delta = __ldg(params.delta + row);
+      minus_lse_log2.data[half] = -kLog2E * lse;
+      minus_delta.data[half] = -delta;
+      if (exists && lane_id() % 4 == 0) {
+        static_cast<uint4*>(params.row_terms)[row] = row_terms(lse / params.scale, delta);
+      }
     }
   }
 
@@ -55,23 +62,19 @@ struct FineBackwardQPass {
     mma_ABt(scores, resident.first, shared.first.tile(at.position), false);
     mma_commit();
     self.template settle<1>();
-    fill(grads, minus_delta);
     shared.second.await(at.position);
-    pin(grads);
     mma_fence();
-    mma_ABt(grads, resident.second, shared.second.tile(at.position), true);
+    mma_ABt(grads, resident.second, shared.second.tile(at.position), false);
     mma_commit();
     mma_wait<1>(scores);
-#pragma unroll
-    for (int i = 0; i < scores.kRegisters; i++) {
-      scores.data[i] =
-          exp2_approx(fmaf(scores.data[i], self.params.scale_log2, minus_lse_log2.data[i / 2 % 2]));
-    }
+    exponentiate<0, Scores::kRegisters>(scores, self.params.scale_log2, minus_lse_log2);
     keep_above_wait(scores);
     mma_wait<0>(grads);
     shared.second.release(at.position);
 #pragma unroll
-    for (int i = 0; i < grads.kRegisters; i++) grads.data[i] *= scores.data[i];
+    for (int i = 0; i < grads.kRegisters; i++) {
+      grads.data[i] = scores.data[i] * (grads.data[i] + minus_delta.data[i / 2 % 2]);
+    }
     if (at.marked) fill_masked(grads, shared.first.extra(at.position).blocks, 0.0f);
     convert(grad_scores, grads);
     mma_fence();
@@ -96,9 +99,9 @@ struct FineBackwardQMaps {
 
 template <int kHeadDim, class T>
 struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim),
-                                    ValidMasks, Nothing> {
+                                    ValidMasks, NothingOwn> {
   using Base = FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim), ValidMasks,
-                            Nothing>;
+                            NothingOwn>;
   using Maps = FineBackwardQMaps;
   using Pass = FineBackwardQPass<FineBackwardQ>;
   using typename Base::Shared;
@@ -123,7 +126,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
       load_blocks<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, params.kv_grid, task,
                                          stage, full);
     };
-    fine_backward_fill<FineBackwardQ>(shared.first, params, load);
+    fine_backward_fill<FineBackwardQ, true>(shared.first, params, load);
   }
   VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
@@ -132,7 +135,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
       load_blocks<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, params.kv_grid,
                                          task, stage, full);
     };
-    fine_backward_fill<FineBackwardQ>(shared.second, params, load);
+    fine_backward_fill<FineBackwardQ, false>(shared.second, params, load);
   }
 };
 

@@ -61,7 +61,7 @@ using ForwardRun = StageRun<kForwardStageBlocks>;
 
 template <class Kernel>
 VSA_DEVICE Task fine_forward_task(const FineForwardParams& params, int index) {
-  return task_at<Kernel::kConsumers>(params.q_grid, params.heads, index);
+  return task_at<Kernel::kConsumers>(params.q_grid, params.heads, params.groups, index);
 }
 
 template <class Kernel>
@@ -95,7 +95,7 @@ VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const
 template <class Kernel>
 VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, const FineForwardMaps& maps,
                                        const FineForwardParams& params) {
-  TileProducer<typename Kernel::KeyRing, kForwardStageBlocks> producer(ring);
+  TileProducer<typename Kernel::KeyRing, kForwardStageBlocks, true> producer(ring);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     Task task = fine_forward_task<Kernel>(params, index);
     ForwardRun run = fine_forward_run<Kernel>(params, task, index);
@@ -113,7 +113,7 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, const Fin
 template <class Kernel>
 VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, const FineForwardMaps& maps,
                                          const FineForwardParams& params) {
-  TileProducer<typename Kernel::ValueRing, kForwardStageBlocks> producer(ring);
+  TileProducer<typename Kernel::ValueRing, kForwardStageBlocks, false> producer(ring);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     Task task = fine_forward_task<Kernel>(params, index);
     auto load = [&ring, &maps, &params, &task](const Stage& stage, int slot, Barrier& full) {
@@ -164,20 +164,24 @@ struct FineForwardConsumer {
   bool pending;                                     // out += probabilities value is still to come
   uint32_t pending_position;
 
-  VSA_DEVICE void attend(const StageAt& at) {
-    // What is pending holds values that others may wait to see replaced.
-    if (pending && (!at.member || at.position - pending_position >= Kernel::kStages)) finish();
-    if (!at.member) {
-      shared.keys.await(at.position);
-      shared.keys.release(at.position);
-      shared.values.await(at.position);
-      shared.values.release(at.position);
-      return;
-    }
-    if (pending) {
-      step<true>(at);
+  // What is pending holds values that others may wait to see replaced.
+  VSA_DEVICE void finish_before(uint32_t position) {
+    bool due = pending && position - pending_position >= Kernel::kStages;
+    if (__any_sync(0xffffffffu, due)) finish();
+  }
+
+  VSA_DEVICE void visit(uint32_t position) {
+    finish_before(position);
+    shared.keys.await(position);
+    shared.keys.release(position);
+  }
+
+  VSA_DEVICE void step(const StageAt& at) {
+    finish_before(at.position);
+    if (__any_sync(0xffffffffu, pending)) {
+      multiply<true>(at);
     } else {
-      step<false>(at);
+      multiply<false>(at);
     }
     pending = true;
     pending_position = at.position;
@@ -186,10 +190,13 @@ struct FineForwardConsumer {
   // scores = query key^T of this stage while the product of the pending one, out += probabilities value,
   // runs; leaves the probabilities of this one pending.
   template <bool kPending>
-  VSA_DEVICE void step(const StageAt& at) {
+  VSA_DEVICE void multiply(const StageAt& at) {
     Scores scores;
-    shared.keys.await(at.position);
-    if constexpr (kPending) shared.values.await(pending_position);
+    if constexpr (kPending) {
+      await(shared.keys, at.position, shared.values, pending_position);
+    } else {
+      shared.keys.await(at.position);
+    }
     if (at.shared) Turn::await(consumer);
     mma_fence();
     mma_ABt(scores, shared.query[consumer], shared.keys.tile(at.position), false);
@@ -209,16 +216,17 @@ struct FineForwardConsumer {
       softmax.raise_to_maximum(scores, factor);
       mul_row(out, factor);
     }
-    softmax.exponentiate(scores, sums);
+    HalfTile<T, Kernel::kStageTokens> next;
+    softmax.exponentiate(next, scores, sums);
     if constexpr (kPending) {
       mma_wait<0>(out, probabilities);
       shared.values.release(pending_position);
       if (softmax.template exceeded<T>(sums)) {
-        if (!softmax.raise_to_exponentials(scores, sums, factor)) start_again(scores, sums, factor, at.index);
+        start_again(next, sums, factor, at.index);
         mul_row(out, factor);
       }
     }
-    convert(probabilities, scores);
+    probabilities = next;
     softmax.add(sums);
   }
 
@@ -232,9 +240,10 @@ struct FineForwardConsumer {
     pending = false;
   }
 
-  // The scores are gone: exponentials have overtaken the reference by 100 binary orders. Computes them again,
-  // from global memory, as the keys may have been replaced.
-  VSA_DEVICE void start_again(Scores& scores, RowVector& sums, RowVector& factor, int index) {
+  // Exponentials have outgrown their type, and the scores are gone. Computes them again, from global memory, as
+  // the keys may have been replaced.
+  VSA_DEVICE void start_again(HalfTile<T, Kernel::kStageTokens>& next, RowVector& sums, RowVector& factor,
+                              int index) {
     forget(index);  // nothing of this is worth a register in the loop
     Stage stage = run.load(index);
     const int blocks[] = {stage_block(stage.first), stage_block(stage.second)};
@@ -246,10 +255,11 @@ struct FineForwardConsumer {
       int64_t token = params.kv_grid.token(params.kv_grid.origin(blocks[b]), slot);
       return static_cast<const T*>(params.key_rows.at(task.batch, token, task.head));
     };
+    Scores scores;
     mma_ABt_rows(scores, shared.query[consumer], key);
     fill_masked(scores, valid, -INFINITY);
     softmax.raise_to_maximum(scores, factor);
-    softmax.exponentiate(scores, sums);
+    softmax.exponentiate(next, scores, sums);
   }
 };
 
@@ -304,12 +314,11 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
       shared.query_full[consumer].wait(query_phase);
       query_phase ^= 1;
     }
-    walk_stages<Kernel::kConsumers>(run, window, consumer, position, is_partial,
-                                    [&self](const StageAt& at) { self.attend(at); });
+    walk_stages<Kernel::kConsumers>(self, run, window, position, is_partial);
     if (!exists) continue;
     __syncwarp();
     if (elect_one()) shared.query_empty[consumer].arrive();
-    if (self.pending) self.finish();
+    if (__any_sync(0xffffffffu, self.pending)) self.finish();
     int cube = task.block(params.q_grid, consumer);
     fine_forward_epilogue<Kernel>(self.out, self.softmax, params, task.address(params.q_grid, cube), cube);
   }

@@ -11,9 +11,7 @@ namespace vsa {
 // of its type. It is the maximum of the first tile, and is raised where a lane's part of a row's sum in one
 // tile has come out larger than this. Most tiles then need neither a maximum nor a rescaling.
 template <class T>
-constexpr float kMostSum = std::is_same_v<T, bf16> ? 0x1p60f : 0x1p10f;
-// Beyond this, exponentials may have overflowed, and say nothing about the scores.
-constexpr float kMostExponential = 0x1p100f;
+constexpr float kMostSum = std::is_same_v<T, bf16> ? 0x1p60f : 0x1p15f;
 
 class OnlineSoftmax {
  public:
@@ -31,9 +29,10 @@ class OnlineSoftmax {
     }
   }
 
-  // `scores` becomes exp2(scale * scores - reference), added up in `sums`.
-  template <int kCols>
-  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowVector& sums) const {
+  // probabilities = exp2(scale * scores - reference), rounded; `sums` are their sums before. `scores` is lost.
+  template <class T, int kCols>
+  VSA_DEVICE void exponentiate(HalfTile<T, kCols>& probabilities, FloatTile<kCols>& scores,
+                               RowVector& sums) const {
     // A row without any key so far: every score is -inf, and so must be the exponent.
     float negative[2];
 #pragma unroll
@@ -41,11 +40,18 @@ class OnlineSoftmax {
       negative[half] = reference_.data[half] == -INFINITY ? 0.0f : -reference_.data[half];
     }
     float chains[4] = {};  // for each column of a group and half
+    uint32_t zero = 0;
 #pragma unroll
-    for (int i = 0; i < scores.kRegisters; i++) {
-      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
-      chains[i % 4] += scores.data[i];
+    for (int begin = 0; begin < scores.kRegisters; begin += kExp2Chunk) {
+      float shift[2] = {tie(negative[0], zero), tie(negative[1], zero)};
+#pragma unroll
+      for (int i = begin; i < begin + kExp2Chunk; i++) {
+        scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, shift[i / 2 % 2]));
+      }
+      zero = sign_bit(scores.data[begin]);
+      if (begin > 0) use(probabilities, chains, scores, begin - kExp2Chunk, zero);
     }
+    use(probabilities, chains, scores, scores.kRegisters - kExp2Chunk, 0);
     sums.data[0] = chains[0] + chains[1];
     sums.data[1] = chains[2] + chains[3];
     // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does not
@@ -59,29 +65,6 @@ class OnlineSoftmax {
     bool fits = sums.data[0] <= kMostSum<T> && sums.data[1] <= kMostSum<T> &&
                 reference_.data[0] > -INFINITY && reference_.data[1] > -INFINITY;
     return !__all_sync(0xffffffffu, fits);
-  }
-
-  // Raises the reference to the largest of a tile's exponentials, and scales them and `sums` accordingly.
-  // False, for the whole warp alike, where that cannot be told from them; nothing has changed then. (NaN is
-  // told: it stays.)
-  template <int kCols>
-  VSA_DEVICE bool raise_to_exponentials(FloatTile<kCols>& exponentials, RowVector& sums, RowVector& factor) {
-    RowVector most;
-    row_max(most, exponentials);
-    bool known = true;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      known = known && !(sums.data[half] >= kMostExponential) && reference_.data[half] != -INFINITY;
-    }
-    if (!__all_sync(0xffffffffu, known)) return false;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      raise(half, reference_.data[half] + fmaxf(log2f(most.data[half]), 0.0f), factor);
-    }
-    mul_row(exponentials, factor);
-    sums.data[0] *= factor.data[0];
-    sums.data[1] *= factor.data[1];
-    return true;
   }
 
   VSA_DEVICE void add(const RowVector& sums) {
@@ -106,6 +89,20 @@ class OnlineSoftmax {
   }
 
  private:
+  // A chunk of exponentials.
+  template <class T, int kCols>
+  VSA_DEVICE static void use(HalfTile<T, kCols>& probabilities, float (&chains)[4],
+                             const FloatTile<kCols>& exponentials, int begin, uint32_t zero) {
+    for (float& chain : chains) chain = tie(chain, zero);
+#pragma unroll
+    for (int i = begin; i < begin + kExp2Chunk; i += 2) {
+      float x = exponentials.data[i], y = exponentials.data[i + 1];
+      chains[i % 4] += x;
+      chains[i % 4 + 1] += y;
+      probabilities.data[i / 2] = pack<T>(x, y);
+    }
+  }
+
   VSA_DEVICE void raise(int half, float reference, RowVector& factor) {
     factor.data[half] =
         reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);

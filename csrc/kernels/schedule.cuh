@@ -136,7 +136,7 @@ template <int kConsumers, int kBlocks>
 VSA_DEVICE void make_schedule(const ScheduleParams& params) {
   int index = blockIdx.x * kScheduleWarps + warp_id();
   if (index >= params.num_tasks) return;
-  Task task = task_at<kConsumers>(params.grid, params.heads, index);
+  Task task = task_at<kConsumers>(params.grid, params.heads, params.groups, index);
   StageWriter writer{params, stage_places<kConsumers, kBlocks>(params.schedule, params.grid, task, index)};
 
   BlockWindow<kConsumers> window;

@@ -22,6 +22,7 @@ struct ScheduleParams {
   Stage* stages;    // of schedule, to write
   int32_t* counts;  // [num_tasks]
   int32_t heads;
+  int32_t groups;     // of cubes in a head, a task each
   int32_t num_tasks;
 };
 

@@ -21,9 +21,9 @@ struct Task {
   }
 };
 
+// `groups` of blocks in a head.
 template <int kConsumers>
-VSA_DEVICE Task task_at(const CubeGrid& grid, int heads, int index) {
-  int groups = ceil_div(grid.num_cubes(), kConsumers);
+VSA_DEVICE Task task_at(const CubeGrid& grid, int heads, int groups, int index) {
   int row = index / groups;
   int first = (index - row * groups) * kConsumers;
   return {row / heads, row % heads, first, min(kConsumers, grid.num_cubes() - first), row};

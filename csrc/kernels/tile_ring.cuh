@@ -1,5 +1,6 @@
 // A ring of tiles between a producer warp and the consumer warpgroups of a fine kernel, filled in the order of
-// their schedule. Stages are numbered from the kernel's start: its "position".
+// their schedule. A kernel has two, which its consumers go through side by side. Stages are numbered from the
+// kernel's start: their "position".
 //
 // Barriers. full, of position % 64: one arrival by the producer and the bytes of its loads. empty, of a tile:
 // an arrival by each warp of each consumer, once nothing of it reads the tile any more; the producer itself
@@ -7,9 +8,16 @@
 // publishes it.
 //
 // A consumer goes from one stage that it attends straight to the next, without a look at those between. It
-// attends what it is a member of, and every 32nd stage of a task; so at most 32 lie between, and the phase bit
-// of a full barrier cannot mislead it: what it attended last had been filled, hence all that is 64 positions
-// back from the next had been; and 64 positions further nothing is filled before it has released its own.
+// attends what it is a member of and, at the first ring only, every 32nd stage of a task. Nothing misleads it
+// about the phase bit of a full barrier, which serves every 64th position:
+// - A barrier is never a phase ahead: 64 positions after a stage that a consumer attends nothing is filled
+//   before the consumer has released that stage.
+// - The first ring's is never a phase behind. Of the stage attended before, at most 32 back, the consumer has
+//   seen that it was full; so all that lie kStages further back had been emptied, hence filled.
+// - Nor is the second ring's, whose tile of a stage is awaited after the first ring's of that stage: the first
+//   ring is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile before
+//   it released the first tile of any stage that it attended 32 + kStages later or after that (what it leaves
+//   pending it finishes before that is kStages stages old); so that second tile had been filled.
 #pragma once
 
 #include "kernels/stage_run.cuh"
@@ -26,7 +34,7 @@ struct TileRing {
   static constexpr int kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;  // of a consumer
-  static_assert(kRingVisits + kStages <= kRingFullBarriers);
+  static_assert(kRingVisits + 2 * kStages <= kRingFullBarriers);
 
   Tile tiles[kStages];
   Extra extras[kStages];  // what the producer writes or loads beside a tile
@@ -41,8 +49,12 @@ struct TileRing {
 
   VSA_DEVICE Tile& tile(uint32_t position) { return tiles[position % kStages]; }
   VSA_DEVICE Extra& extra(uint32_t position) { return extras[position % kStages]; }
+  VSA_DEVICE bool try_await(uint32_t position) {
+    return full[position % kRingFullBarriers].try_wait(position / kRingFullBarriers % 2);
+  }
   VSA_DEVICE void await(uint32_t position) {
-    full[position % kRingFullBarriers].wait(position / kRingFullBarriers % 2);
+    while (!try_await(position)) {
+    }
   }
   // A warp of a consumer has finished with a tile. What its wgmma read is read: the caller waited for that.
   VSA_DEVICE void release(uint32_t position) {
@@ -51,8 +63,18 @@ struct TileRing {
   }
 };
 
-// The producer of one ring. It keeps its place from task to task.
-template <class Ring, int kBlocks>
+// Both at once, so that one look at a barrier does not wait for the other.
+template <class First, class Second>
+VSA_DEVICE void await(First& first, uint32_t first_position, Second& second, uint32_t second_position) {
+  bool first_full, second_full;
+  do {
+    first_full = first.try_await(first_position);
+    second_full = second.try_await(second_position);
+  } while (!first_full || !second_full);
+}
+
+// The producer of one ring; of the first one if kVisited. It keeps its place from task to task.
+template <class Ring, int kBlocks, bool kVisited>
 class TileProducer {
  public:
   VSA_DEVICE explicit TileProducer(Ring& ring) : ring_(ring) {}
@@ -67,7 +89,8 @@ class TileProducer {
       int count = min(kWarpThreads, run.count - base);
       for (int i = 0; i < count; i++) {
         Stage stage{__shfl_sync(0xffffffffu, window.first, i), __shfl_sync(0xffffffffu, window.second, i)};
-        int others = i % kRingVisits == 0 ? 0 : Ring::kConsumers - __popc(stage_members(stage));
+        int others = Ring::kConsumers - __popc(stage_members(stage));
+        if (kVisited && i % kRingVisits == 0) others = 0;
         int prefixes[2] = {kCubeTokens, kCubeTokens};
         if (clears) {
           prefixes[0] = run.blocks.prefix(stage_block(stage.first));
@@ -123,30 +146,31 @@ VSA_DEVICE void load_blocks(Tile& tile, const CUtensorMap& map, const CubeCoordi
   }
 }
 
-// A stage that a consumer attends.
+// A stage that a consumer is a member of.
 struct StageAt {
   uint32_t position;
   int index;  // in its task
-  bool member, shared, marked;  // shared: all consumers are members
+  bool shared, marked;  // shared: all consumers are members
 };
 
-// A consumer's way through the stages of one task: attend(StageAt) for each that it attends, `marked` as
-// mark(Stage) says. `window` is run.load(lane); `position` that of the task's first stage, then of the next
-// task's. By vote: the compiler then knows that the warp stays whole.
-template <int kConsumers, int kBlocks, class Mark, class Attend>
-VSA_DEVICE void walk_stages(const StageRun<kBlocks>& run, Stage window, int consumer, uint32_t& position,
-                            Mark mark, Attend attend) {
+// A consumer's way through the stages of one task: self.step(StageAt) for each that it is a member of, `marked`
+// as mark(Stage) says, and self.visit(position) for others that it attends. `window` is run.load(lane);
+// `position` that of the task's first stage, then of the next task's. By vote: the compiler then knows that the
+// warp stays whole.
+template <int kConsumers, int kBlocks, class Consumer, class Mark>
+VSA_DEVICE void walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage window, uint32_t& position,
+                            Mark mark) {
   for (int base = 0; __any_sync(0xffffffffu, base < run.count); base += kWarpThreads) {
     uint32_t members = stage_members(window);
-    uint32_t mine = __ballot_sync(0xffffffffu, members >> consumer & 1);
+    uint32_t mine = __ballot_sync(0xffffffffu, members >> self.consumer & 1);
     uint32_t shared = __ballot_sync(0xffffffffu, members == (1u << kConsumers) - 1);
     uint32_t marked = __ballot_sync(0xffffffffu, mark(window));
     window = run.load(base + kWarpThreads + lane_id());
-    static_assert(kRingVisits == kWarpThreads);  // the first of each window is a visit
-    for (uint32_t todo = mine | 1; todo; todo &= todo - 1) {
+    static_assert(kRingVisits == kWarpThreads);
+    if (!(mine & 1)) self.visit(position);
+    for (uint32_t todo = mine; todo; todo &= todo - 1) {
       int i = __ffs(todo) - 1;
-      attend(StageAt{position + i, base + i, bool(mine >> i & 1), bool(shared >> i & 1),
-                     bool(marked >> i & 1)});
+      self.step(StageAt{position + i, base + i, bool(shared >> i & 1), bool(marked >> i & 1)});
     }
     position += min(kWarpThreads, run.count - base);
   }

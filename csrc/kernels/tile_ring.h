@@ -6,7 +6,7 @@ namespace vsa {
 
 // Of a TileRing: more `full` barriers than stages, so that a consumer may pass over what others chose.
 constexpr int kRingFullBarriers = 64;
-constexpr int kRingVisits = 32;  // every so many stages of a task all consumers stop by
+constexpr int kRingVisits = 32;  // every so many stages of a task all consumers stop by at the first ring
 
 // Shared memory of a TileRing with `extra_bytes` (a multiple of 8) beside each tile.
 constexpr int tile_ring_bytes(int tile_bytes, int stages, int extra_bytes) {

@@ -59,6 +59,7 @@ CubeGrid make_grid(std::array<int64_t, 3> video_shape, std::array<int64_t, 3> cu
   double cubes = double(grid.cubes.t) * grid.cubes.h * grid.cubes.w;
   check_argument(cubes < double(kMaxCoordinate) / kCubeTokens, "video_shape: got ", cubes,
                  " cubes, expected fewer than 2^25");
+  grid.total_cubes = int32_t(cubes);
   return grid;
 }
 

@@ -18,9 +18,8 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   check_same_heads(arguments.grad_out, query, "grad_fine");
   check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
   check_argument(arguments.delta != 0, "delta: got a null pointer, expected device memory");
-  // Bulk copies of 256-byte rows.
-  check_argument(arguments.lse % 16 == 0 && arguments.delta % 16 == 0,
-                 "lse, delta: got an address that is not 16-byte aligned; copy the tensor");
+  check_argument(arguments.row_terms != 0 && arguments.row_terms % 16 == 0,
+                 "row_terms: got an address that is null or not 16-byte aligned, expected device memory");
 
   plan.kernel = kernel_name(kernel, query.head_dim, query.type);
   FineBackwardParams params{};
@@ -30,11 +29,12 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
   params.lse = pointer<const float>(arguments.lse);
   params.delta = pointer<const float>(arguments.delta);
+  params.row_terms = pointer<void>(arguments.row_terms);
   constexpr double kLog2OfE = 1.4426950408889634;
   params.scale = float(arguments.scale);
   params.scale_log2 = float(arguments.scale * kLog2OfE);
-  check_argument(std::isfinite(params.scale_log2), "scale: got ", arguments.scale,
-                 ", expected a finite number");
+  check_argument(std::isfinite(params.scale_log2) && params.scale > 0, "scale: got ", arguments.scale,
+                 ", expected a finite number above 0");
   params.heads = int32_t(query.heads);
   return params;
 }
@@ -69,8 +69,9 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
 // CTAs that stay and take task after task where these take equally long: tasks of compressed lists do not.
 void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
                const CubeGrid& grid, const char* kernel) {
-  int64_t groups = ceil_div(grid.num_cubes(), kBackwardConsumers);
-  params.num_tasks = int32_t(checked_grid(groups * arguments.query.heads * arguments.query.batch, kernel));
+  params.groups = int32_t(ceil_div(grid.num_cubes(), kBackwardConsumers));
+  params.num_tasks =
+      int32_t(checked_grid(params.groups * arguments.query.heads * arguments.query.batch, kernel));
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   plan.grid[0] = params.schedule.offsets ? params.num_tasks : std::min(params.num_tasks, arguments.num_sms);
   plan.block[0] = kBackwardThreads;

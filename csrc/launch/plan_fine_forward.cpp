@@ -67,8 +67,8 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.scale_log2 = float(arguments.scale * kLog2E);
   params.heads = int32_t(query.heads);
   int head_dim = int(query.head_dim);
-  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim));
-  params.num_tasks = int32_t(checked_grid(groups * query.heads * query.batch, "fine_forward"));
+  params.groups = int32_t(ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim)));
+  params.num_tasks = int32_t(checked_grid(params.groups * query.heads * query.batch, "fine_forward"));
   plan.set_params(params);
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);

@@ -60,9 +60,12 @@ FinePass fine_pass(const std::string& name) {
   return FinePass::kBackwardQ;
 }
 
+int64_t num_groups(const ScheduleArguments& arguments) {
+  return ceil_div(arguments.grid.num_cubes(), grouping(arguments).consumers);
+}
+
 int64_t num_tasks(const ScheduleArguments& arguments) {
-  return ceil_div(arguments.grid.num_cubes(), grouping(arguments).consumers) * arguments.heads *
-         arguments.batch;
+  return num_groups(arguments) * arguments.heads * arguments.batch;
 }
 
 int64_t num_stages(const ScheduleArguments& arguments) {
@@ -106,6 +109,7 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.stages = pointer<Stage>(arguments.stages);
   params.counts = pointer<int32_t>(arguments.counts);
   params.heads = int32_t(arguments.heads);
+  params.groups = int32_t(num_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
 
   LaunchPlan plan;

@@ -36,8 +36,13 @@ struct Barrier {
     return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
   }
 
+  // May suspend the thread for a while; whether the phase has ended.
+  VSA_DEVICE bool try_wait(uint32_t parity) {
+    return ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
+  }
+
   VSA_DEVICE void wait(uint32_t parity) {
-    while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity)) {
+    while (!try_wait(parity)) {
     }
   }
 };

@@ -90,11 +90,13 @@ VSA_DEVICE void mul_row(FloatTile<kCols>& tile, const RowVector& factor) {
   for (int i = 0; i < tile.kRegisters; i++) tile.data[i] *= factor.data[(i / 2) % 2];
 }
 
-// Bit c of masks[b] says whether column 64 b + c counts; elsewhere the tile becomes `value`.
+// Bit c of masks[b] says whether column 64 b + c counts; elsewhere the tile becomes `value`. Masks are the same in
+// the whole warp.
 template <int kCols>
 VSA_DEVICE void fill_masked(FloatTile<kCols>& tile, const uint64_t (&masks)[kCols / 64], float value) {
 #pragma unroll
   for (int b = 0; b < kCols / 64; b++) {
+    if (__all_sync(0xffffffffu, masks[b] == ~uint64_t(0))) continue;
     uint64_t mask = masks[b] >> tile_column();
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -134,6 +136,14 @@ VSA_DEVICE float exp2_approx(float x) {
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Exponentials are computed a chunk of registers at a time, so that the arithmetic around them runs in the gaps
+// between them: of 8 cycles for each of a warp, the unit leaves 7 to other instructions. ptxas would put the
+// exponents of all in front of the first one, and use each when it has only just begun. So what belongs to the
+// exponents of a chunk and to the use of the last one is tied to `zero`, the sign of this chunk's first.
+constexpr int kExp2Chunk = 16;
+VSA_DEVICE uint32_t sign_bit(float x) { return __float_as_uint(x) >> 31; }
+VSA_DEVICE float tie(float x, uint32_t zero) { return __uint_as_float(__float_as_uint(x) | zero); }
 
 // 16 rows by 16 columns as a matrix operand (ldmatrix); `chunk` is 8 columns of row l % 16 in lane l, the first
 // ones in lanes 0 to 15, the last ones in lanes 16 to 31.

@@ -167,6 +167,13 @@ VSA_DEVICE uint64_t descriptor(const void* start, uint32_t leading_bytes) {
          (kStrideBytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// The same without swizzle, the summed dimension contiguous: 8 rows of 16 bytes lie together, `leading_bytes` from
+// one such core to the next 8 columns, `stride_bytes` to the next 8 rows.
+VSA_DEVICE uint64_t plain_descriptor(const void* start, uint32_t leading_bytes, uint32_t stride_bytes) {
+  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4) << 16 |
+         uint64_t(stride_bytes >> 4) << 32;
+}
+
 // A descriptor `bytes` further on; shared addresses stay below 2^18, so that nothing carries into the next
 // field.
 VSA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
