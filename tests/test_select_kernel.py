@@ -103,8 +103,9 @@ def test_plan_covers_all_rows(cubes, batch, heads, head_dim):
 def test_plan_fields():
     result = plan(batch=2, heads=3, cubes=100, topk=10, scale=-0.25, dtype="float16")
     assert result.kernel == "select_d128_fp16"
-    # query and key coordinates (columns, outer and batch factors), pointers, heads, cubes, topk, scale
-    assert struct.unpack("6i2Q3if", result.params) == (0, 1, 3, 0, 1, 3, 16, 32, 3, 100, 10, -0.25)
+    # query and key coordinates (columns, outer and batch factors), pointers, heads, cubes, topk, CTAs a head,
+    # rows a CTA, scale
+    assert struct.unpack("6i2Q5if", result.params) == (0, 1, 3, 0, 1, 3, 16, 32, 3, 100, 10, 2, 64, -0.25)
     for tensor_map, address in zip(result.maps, (1 << 20, 1 << 30), strict=True):
         assert tensor_map.address == address
         assert tensor_map.extents == (128, 100, 1, 1, 6)

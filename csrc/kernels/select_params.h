@@ -9,16 +9,17 @@ struct SelectParams {
   int32_t* counts;             // [batch, heads, num_cubes]
   int32_t* indices;            // [batch, heads, num_cubes, topk]
   int32_t heads, num_cubes, topk;
+  int32_t ctas_per_head, rows_per_cta;
   float scale;
 };
+
+// SMs of an H100 or H200.
+constexpr int kSelectSms = 132;
 
 // Scores are ordered as 32-bit keys, 8 bits a pass.
 constexpr int kSelectPasses = 4;
 constexpr int kSelectBins = 256;
 constexpr int kSelectRowStateBytes = 12;
-
-// More CTAs of one row group than this would share SMs: of an H100 or H200.
-constexpr int kSelectCtasOfOneRowGroup = 132;
 
 // Two warpgroups, one for each half of the keys, to a group of 64 query rows; and a producer warp.
 constexpr int kSelectKeyHalves = 2;

@@ -11,7 +11,7 @@
 #include "kernels/fine_backward_q.cuh"
 #include "kernels/fine_forward.cuh"
 #include "kernels/pool.cuh"
-#include "kernels/select.cuh"
+#include "kernels/select_common.cuh"
 #include "kernels/transpose_index.cuh"
 #include "launch/check.h"
 #include "launch/launch.h"
