@@ -44,6 +44,10 @@ __global__ void select_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_d128_bf16(SelectMaps, SelectParams);
 __global__ void select_d128_fp16(SelectMaps, SelectParams);
+__global__ void select_small_d64_bf16(SelectMaps, SelectParams);
+__global__ void select_small_d64_fp16(SelectMaps, SelectParams);
+__global__ void select_small_d128_bf16(SelectMaps, SelectParams);
+__global__ void select_small_d128_fp16(SelectMaps, SelectParams);
 __global__ void select_wide_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_wide_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_wide_d128_bf16(SelectMaps, SelectParams);
@@ -81,6 +85,10 @@ const Kernels& kernels() {
       {"select_d64_fp16", reinterpret_cast<const void*>(select_d64_fp16)},
       {"select_d128_bf16", reinterpret_cast<const void*>(select_d128_bf16)},
       {"select_d128_fp16", reinterpret_cast<const void*>(select_d128_fp16)},
+      {"select_small_d64_bf16", reinterpret_cast<const void*>(select_small_d64_bf16)},
+      {"select_small_d64_fp16", reinterpret_cast<const void*>(select_small_d64_fp16)},
+      {"select_small_d128_bf16", reinterpret_cast<const void*>(select_small_d128_bf16)},
+      {"select_small_d128_fp16", reinterpret_cast<const void*>(select_small_d128_fp16)},
       {"select_wide_d64_bf16", reinterpret_cast<const void*>(select_wide_d64_bf16)},
       {"select_wide_d64_fp16", reinterpret_cast<const void*>(select_wide_d64_fp16)},
       {"select_wide_d128_bf16", reinterpret_cast<const void*>(select_wide_d128_bf16)},

@@ -1,5 +1,6 @@
 #include "launch/plan_select.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/select_params.h"
@@ -46,10 +47,17 @@ LaunchPlan plan_rows(const char* stem, const TokenTensor& query, const TokenTens
   return plan;
 }
 
+// The fewest rounds of CTAs on the SMs, one on each, and the smallest CTAs that make no more.
+int64_t small_rows_per_cta(int64_t heads, int64_t cubes) {
+  int64_t ctas_per_head = ceil_div(cubes, select_small_rows(int(cubes)));
+  int64_t rounds = ceil_div(heads * ctas_per_head, kSelectSms);
+  return ceil_div(cubes, std::max(ctas_per_head, rounds * kSelectSms / heads));
+}
+
 }  // namespace
 
-LaunchPlan plan_select(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
-                       uint64_t counts, uint64_t indices) {
+LaunchPlan plan_select_large(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
+                             uint64_t counts, uint64_t indices) {
   check_arguments(query, key, topk, scale, counts, indices);
   // One row group gives more CTAs; where these have to share SMs, two row groups read the keys half as often.
   int64_t heads = query.batch * query.heads;
@@ -59,6 +67,24 @@ LaunchPlan plan_select(const TokenTensor& query, const TokenTensor& key, int64_t
   plan.block[0] = select_threads(row_groups);
   plan.shared_bytes = select_shared_bytes(row_groups, query.head_dim);
   return plan;
+}
+
+LaunchPlan plan_select_small(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
+                             uint64_t counts, uint64_t indices) {
+  check_arguments(query, key, topk, scale, counts, indices);
+  check_argument(query.tokens <= kSelectSmallCubes, "query: got ", query.tokens, " cubes, expected at most ",
+                 kSelectSmallCubes);
+  int64_t rows = small_rows_per_cta(query.batch * query.heads, query.tokens);
+  LaunchPlan plan = plan_rows("select_small", query, key, topk, scale, counts, indices, rows);
+  plan.block[0] = kSelectSmallThreads;
+  plan.shared_bytes = select_small_shared_bytes(query.head_dim, query.tokens, rows);
+  return plan;
+}
+
+LaunchPlan plan_select(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
+                       uint64_t counts, uint64_t indices) {
+  auto plan = query.tokens <= kSelectSmallCubes ? plan_select_small : plan_select_large;
+  return plan(query, key, topk, scale, counts, indices);
 }
 
 }  // namespace vsa
