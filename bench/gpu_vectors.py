@@ -119,6 +119,7 @@ class Selection:
     dtype: torch.dtype
     topk: int
     ties: bool
+    planner: str = "plan_select_large"
 
     @property
     def scale(self) -> float:
@@ -138,7 +139,7 @@ class Selection:
 
     def steps(self) -> list[Step]:
         def arguments(values):
-            return values["query_pooled"], values["key_pooled"], self.topk, self.scale
+            return values["query_pooled"], values["key_pooled"], self.topk, self.scale, self.planner
 
         return [Step(_kernels.select, arguments, ("selected_counts", "selected"))]
 
@@ -160,6 +161,11 @@ CASES = [
         for head_dim in (64, 128)
         for name, dtype in (("bf16", BF16), ("fp16", FP16))
     ),
+    # Untied scores as above; one row a warp; a key tile more than there are warpgroups.
+    Selection("select-small-d64-bf16", 2, 130, 64, BF16, 9, ties=False, planner="plan_select_small"),
+    Selection("select-small-d64-fp16", 1, 520, 64, FP16, 40, ties=True, planner="plan_select_small"),
+    Selection("select-small-d128-bf16", 1, 390, 128, BF16, 40, ties=True, planner="plan_select_small"),
+    Selection("select-small-d128-fp16", 1, 130, 128, FP16, 9, ties=False, planner="plan_select_small"),
 ]
 
 

@@ -203,8 +203,12 @@ PYBIND11_MODULE(_C, m) {
         "gate_coarse"_a, "scale"_a, "num_sms"_a);
 
   m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
-  m.def("plan_select", &plan_select, py::kw_only(), "query"_a, "key"_a, "topk"_a, "scale"_a, "counts"_a,
-        "indices"_a);
+  auto def_select = [&m](const char* name, auto* plan) {
+    m.def(name, plan, py::kw_only(), "query"_a, "key"_a, "topk"_a, "scale"_a, "counts"_a, "indices"_a);
+  };
+  def_select("plan_select", plan_select);
+  def_select("plan_select_large", plan_select_large);
+  def_select("plan_select_small", plan_select_small);
 
   m.def("plan_transpose_index", &transpose_index, py::kw_only(), "shape"_a, "kv_num_blocks"_a, "kv_indices"_a,
         "num_kv_blocks"_a, "q_offsets"_a, "q_indices"_a);

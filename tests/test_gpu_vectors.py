@@ -88,6 +88,8 @@ def assert_agrees(path, case, seed):
 @pytest.mark.parametrize("case", gpu_vectors.CASES, ids=lambda case: case.name)
 def test_simulator_agrees_with_the_gpu(case, seed):
     _, about = gpu_vectors.load(VECTORS)
+    if case.name not in about["inputs"]:
+        pytest.skip(f"{case.name} has not run on a GPU yet: python -m bench.gpu_vectors on an H200")
     if about["csrc_sha256"] != machine.tree_sha256(machine.ROOT, "csrc"):
         warnings.warn(
             f"{VECTORS.name} was recorded from other kernels: commit {about['commit']}, {about['date']}",

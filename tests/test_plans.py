@@ -318,7 +318,7 @@ def test_plans_of_the_forward_ops_are_launchable():
             video_shape, cube, cube, scale, True,
         )  # fmt: skip
     stems = [plan.kernel.split("_d128")[0] for plan in plans]
-    assert stems == ["pool", "fine_forward", "select", "fine_forward"]
+    assert stems == ["pool", "fine_forward", "select_small", "fine_forward"]
     for plan in plans:
         assert plan.kernel in _extension.load().kernel_names()
         assert 1 <= plan.grid[0] < 1 << 31 and plan.grid[1:] == (1, 1) and plan.cluster == (1, 1, 1)

@@ -39,6 +39,9 @@ def launch_every_kernel(heads, head_dim, dtype):
     _kernels.fine_forward(q, q, q, counts, indices, None, None, coarse, *gates, *shapes, scale, True)
     _kernels.combine_backward(q, q, None, coarse, *gates, None, video_shape, cube)
     _kernels.coarse_backward(coarse, *pooled, coarse, lse, scale)
+    _kernels.select(*pooled[:2], topk, scale, "plan_select_large")
+    most_small = torch.zeros(1, 12, 512, head_dim, dtype=dtype)  # CTAs with the most rows
+    _kernels.select(most_small, most_small, topk, scale)
     q_offsets, q_indices = _kernels.transpose_index(counts, indices, 8)
     for deterministic in (False, True):
         _kernels.fine_backward(

@@ -115,6 +115,24 @@ def plan_select(
     counts: int,
     indices: int,
 ) -> LaunchPlan: ...
+def plan_select_large(
+    *,
+    query: TokenTensor,
+    key: TokenTensor,
+    topk: int,
+    scale: float,
+    counts: int,
+    indices: int,
+) -> LaunchPlan: ...
+def plan_select_small(
+    *,
+    query: TokenTensor,
+    key: TokenTensor,
+    topk: int,
+    scale: float,
+    counts: int,
+    indices: int,
+) -> LaunchPlan: ...
 def plan_transpose_index(
     *,
     shape: Sequence[int],

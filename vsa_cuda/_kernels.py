@@ -157,8 +157,11 @@ def _linear_grid(num_tokens):
     return _grid((1, 1, num_tokens), (1, 1, 64))
 
 
-def select(query_pooled, key_pooled, topk, scale):
+def select(query_pooled, key_pooled, topk, scale, planner="plan_select"):
     """The `topk` key cubes with the largest scores of each query cube; pooled tensors are [B, H, N, D].
+
+    Args:
+        planner: plan_select chooses the kernel by N; plan_select_large and plan_select_small are its choices.
 
     Returns:
         kv_num_blocks: int32 [B, H, N], all topk.
@@ -168,7 +171,7 @@ def select(query_pooled, key_pooled, topk, scale):
     rows = query_pooled.shape[:3]
     counts = query_pooled.new_empty(rows, dtype=torch.int32)
     indices = query_pooled.new_empty((*rows, topk), dtype=torch.int32)
-    plan = C.plan_select(
+    plan = getattr(C, planner)(
         query=_tokens(query_pooled.transpose(1, 2)),
         key=_tokens(key_pooled.transpose(1, 2)),
         topk=topk,

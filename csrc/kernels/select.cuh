@@ -14,15 +14,10 @@
 //   warpgroups    | scores, count  | find the bin, clear the bins | scores, count | ...  | scores, write
 #pragma once
 
-#include "kernels/cube_tile.cuh"
-#include "kernels/select_params.h"
+#include "kernels/select_common.cuh"
 #include "tiles/wgmma.cuh"
 
 namespace vsa {
-
-struct SelectMaps {
-  CUtensorMap query, key;
-};
 
 // What is known of a row's topk-th key: its leading bits, of the keys with these bits how many there are, and
 // how many of them, from the largest, are wanted.
@@ -57,22 +52,12 @@ struct Select {
   static_assert(sizeof(Shared) == select_shared_bytes(kRowGroups, kHeadDim));
 };
 
-// The rows of one CTA and the walk over their keys.
-struct SelectTask {
-  int batch, head, first_row, rows, tiles;
-
-  // The lower half of the keys, which has the odd tile, upwards; the upper half downwards.
-  VSA_DEVICE int half_tiles(int key_half) const { return (tiles + 1 - key_half) / 2; }
-  VSA_DEVICE int tile(int key_half, int i) const { return key_half == 0 ? i : tiles - 1 - i; }
-};
-
-template <class Kernel>
-VSA_DEVICE SelectTask select_task(const SelectParams& params) {
-  int blocks = ceil_div(params.num_cubes, Kernel::kRows);
-  int block = blockIdx.x % blocks, head = blockIdx.x / blocks;
-  int first = block * Kernel::kRows;
-  return {head / params.heads, head % params.heads, first, min(Kernel::kRows, params.num_cubes - first),
-          int(ceil_div(params.num_cubes, kCubeTokens))};
+// The key tiles of a key half: the lower half, which has the odd tile, upwards; the upper half downwards.
+VSA_DEVICE int select_half_tiles(const SelectTask& task, int key_half) {
+  return (task.tiles + 1 - key_half) / 2;
+}
+VSA_DEVICE int select_tile(const SelectTask& task, int key_half, int i) {
+  return key_half == 0 ? i : task.tiles - 1 - i;
 }
 
 // The lowest of the 8 bits that counting pass `pass` looks at.
@@ -106,24 +91,14 @@ VSA_DEVICE void select_produce(typename Kernel::Shared& shared, const SelectMaps
   };
   RingPosition<Kernel::kStages> up, down;
   for (int pass = 0;; pass++) {
-    for (int i = 0; i < task.half_tiles(0); i++) {
-      load_tile(0, up, task.tile(0, i));
-      if (i < task.half_tiles(1)) load_tile(1, down, task.tile(1, i));
+    for (int i = 0; i < select_half_tiles(task, 0); i++) {
+      load_tile(0, up, select_tile(task, 0, i));
+      if (i < select_half_tiles(task, 1)) load_tile(1, down, select_tile(task, 1, i));
     }
     if (pass == 0) continue;
     shared.decided[pass - 1].wait(0);
     if (select_finished<Kernel>(shared, pass - 1)) return;
   }
-}
-
-// The order of scores as an order of integers. The NaN that arithmetic gives is 0x7fffffff, which comes out
-// largest; -inf gives -0x7f800000, so that kSelectNoKey is below every score.
-constexpr int32_t kSelectNoKey = int32_t(0x80000000);
-
-VSA_DEVICE int32_t select_key(float score) {
-  int32_t bits = __float_as_int(score);
-  int32_t sign = bits >> 31;
-  return ((bits & 0x7fffffff) ^ sign) - sign;
 }
 
 // Spreads equal bins of the 8 rows that a warp counts at once over all banks.
@@ -147,7 +122,7 @@ struct SelectConsumer {
 // FloatTile, kSelectNoKey in columns beyond the last cube.
 template <class Kernel, class Visit>
 VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, Visit visit) {
-  for (int step = 0; step < self.task.half_tiles(self.key_half); step++) {
+  for (int step = 0; step < select_half_tiles(self.task, self.key_half); step++) {
     self.shared.full[self.key_half][self.at.stage].wait(self.at.phase);
     FloatTile<kCubeTokens> scores;
     mma_fence();
@@ -161,7 +136,7 @@ VSA_DEVICE void select_sweep(SelectConsumer<Kernel>& self, Visit visit) {
     int32_t keys[scores.kRegisters];
 #pragma unroll
     for (int i = 0; i < scores.kRegisters; i++) keys[i] = select_key(scores.data[i] * self.params.scale);
-    int first_column = self.task.tile(self.key_half, step) * kCubeTokens;
+    int first_column = select_tile(self.task, self.key_half, step) * kCubeTokens;
     int columns = self.params.num_cubes - first_column;
     if (columns < kCubeTokens) {
 #pragma unroll
@@ -241,13 +216,6 @@ VSA_DEVICE SelectRow select_find_bin(uint32_t (&bins)[kSelectBins], int row, Sel
   return state;
 }
 
-// The `count` lowest bits of `mask`.
-VSA_DEVICE uint64_t select_lowest(uint64_t mask, int count) {
-#pragma unroll 1
-  for (int extra = __popcll(mask) - count; extra > 0; extra--) mask ^= uint64_t(1) << (63 - __clzll(mask));
-  return mask;
-}
-
 // A row's list as one warpgroup fills it: upwards from the front, or downwards from the back. Every lane of
 // the quad has the same values.
 struct SelectList {
@@ -278,9 +246,7 @@ VSA_DEVICE void select_write(SelectConsumer<Kernel>& self, int pass) {
   SelectList lists[2];
   int32_t lowest[2];
   int32_t rows_left = self.task.rows - self.row(0);
-  int64_t first_row =
-      (int64_t(self.task.batch) * params.heads + self.task.head) * params.num_cubes + self.task.first_row;
-  int32_t* indices = params.indices + (first_row + self.row(0)) * params.topk;
+  int32_t* indices = params.indices + (self.task.output_row + self.row(0)) * params.topk;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     SelectRow state = self.shared.rows[self.row(half)];
@@ -361,25 +327,15 @@ VSA_DEVICE void select_consume(SelectConsumer<Kernel>& self) {
   }
 }
 
-// Every cube is selected: no scores.
-template <class Kernel>
-VSA_DEVICE void select_all(const SelectParams& params, int64_t first_row, int rows) {
-  for (int row = warp_id(); row < rows; row += blockDim.x / kWarpThreads) {
-    int32_t* indices = params.indices + (first_row + row) * params.topk;
-    for (int i = lane_id(); i < params.topk; i += kWarpThreads) indices[i] = i;
-  }
-}
-
 template <int kRowGroups, int kHeadDim, class T>
 VSA_DEVICE void select(const SelectMaps& maps, const SelectParams& params) {
   using Kernel = Select<kRowGroups, kHeadDim, T>;
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
 
-  SelectTask task = select_task<Kernel>(params);
-  int64_t first_row = (int64_t(task.batch) * params.heads + task.head) * params.num_cubes + task.first_row;
-  for (int i = threadIdx.x; i < task.rows; i += blockDim.x) params.counts[first_row + i] = params.topk;
-  if (params.topk == params.num_cubes) return select_all<Kernel>(params, first_row, task.rows);
+  SelectTask task = select_task(params);
+  select_store_counts(params, task);
+  if (params.topk == params.num_cubes) return select_all(params, task);
 
   if (threadIdx.x == 0) {
     shared.query_full.init(1);

@@ -11,8 +11,8 @@
 #include "kernels/fine_backward_q.cuh"
 #include "kernels/fine_forward.cuh"
 #include "kernels/pool.cuh"
-#include "kernels/schedule.cuh"
-#include "kernels/select.cuh"
+#include "kernels/schedule_params.h"
+#include "kernels/select_common.cuh"
 #include "kernels/transpose_index.cuh"
 #include "launch/check.h"
 #include "launch/launch.h"
@@ -48,6 +48,10 @@ __global__ void select_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_d128_bf16(SelectMaps, SelectParams);
 __global__ void select_d128_fp16(SelectMaps, SelectParams);
+__global__ void select_small_d64_bf16(SelectMaps, SelectParams);
+__global__ void select_small_d64_fp16(SelectMaps, SelectParams);
+__global__ void select_small_d128_bf16(SelectMaps, SelectParams);
+__global__ void select_small_d128_fp16(SelectMaps, SelectParams);
 __global__ void select_wide_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_wide_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_wide_d128_bf16(SelectMaps, SelectParams);
@@ -88,6 +92,10 @@ const Kernels& kernels() {
       {"select_d64_fp16", reinterpret_cast<const void*>(select_d64_fp16)},
       {"select_d128_bf16", reinterpret_cast<const void*>(select_d128_bf16)},
       {"select_d128_fp16", reinterpret_cast<const void*>(select_d128_fp16)},
+      {"select_small_d64_bf16", reinterpret_cast<const void*>(select_small_d64_bf16)},
+      {"select_small_d64_fp16", reinterpret_cast<const void*>(select_small_d64_fp16)},
+      {"select_small_d128_bf16", reinterpret_cast<const void*>(select_small_d128_bf16)},
+      {"select_small_d128_fp16", reinterpret_cast<const void*>(select_small_d128_fp16)},
       {"select_wide_d64_bf16", reinterpret_cast<const void*>(select_wide_d64_bf16)},
       {"select_wide_d64_fp16", reinterpret_cast<const void*>(select_wide_d64_fp16)},
       {"select_wide_d128_bf16", reinterpret_cast<const void*>(select_wide_d128_bf16)},

@@ -10,4 +10,10 @@ namespace vsa {
 LaunchPlan plan_select(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
                        uint64_t counts, uint64_t indices);
 
+// What plan_select takes for many cubes, and what for few (at most kSelectSmallCubes).
+LaunchPlan plan_select_large(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
+                             uint64_t counts, uint64_t indices);
+LaunchPlan plan_select_small(const TokenTensor& query, const TokenTensor& key, int64_t topk, double scale,
+                             uint64_t counts, uint64_t indices);
+
 }  // namespace vsa
