@@ -202,7 +202,7 @@ PYBIND11_MODULE(_C, m) {
         "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
         "gate_coarse"_a, "scale"_a, "num_sms"_a);
 
-  m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a);
+  m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a, "num_sms"_a);
   auto def_select = [&m](const char* name, auto* plan) {
     m.def(name, plan, py::kw_only(), "query"_a, "key"_a, "topk"_a, "scale"_a, "counts"_a, "indices"_a);
   };

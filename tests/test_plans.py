@@ -51,15 +51,21 @@ def host_grid(video_shape, cube=(4, 4, 4)):
     return _extension.load().CubeGrid(video_shape=video_shape, cube=cube)
 
 
+NUM_SMS = 132
+
+
 def plan_pool(tensors, video_shape, cube=(4, 4, 4), outputs=(16, 32, 48)):
     C = _extension.load()
-    return C.plan_pool(inputs=tensors, grid=host_grid(video_shape, cube), outputs=list(outputs))
+    return C.plan_pool(
+        inputs=tensors, grid=host_grid(video_shape, cube), outputs=list(outputs), num_sms=NUM_SMS
+    )
 
 
 def pool_coordinates(plan):
     """(head_in_columns, head_in_outer, batch_in_outer) of each input, and the outputs."""
-    numbers = struct.unpack_from("20i3Q", plan.params)
-    return [numbers[11 + 3 * i : 14 + 3 * i] for i in range(3)], numbers[20:23]
+    grid_words, pad = 12, 4  # of the CubeGrid before them, and bytes up to the outputs
+    numbers = struct.unpack_from(f"{grid_words + 9}i{pad}x3Q", plan.params)
+    return [numbers[grid_words + 3 * i :][:3] for i in range(3)], numbers[-3:]
 
 
 def check_map(tensor_map):
@@ -184,7 +190,8 @@ def test_a_million_tokens(layout):
     plan = plan_pool([tensor] * 3, video_shape)
     for tensor_map in plan.maps:
         check_map(tensor_map)
-    assert plan.grid == (3 * 2 * 40 * (1 << 14) // 8, 1, 1)
+    tiles_per_cta = math.ceil(3 * 2 * 40 * (1 << 14) / (3 * NUM_SMS))
+    assert plan.grid == (math.ceil(3 * 2 * 40 * (1 << 14) / tiles_per_cta), 1, 1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -195,7 +202,7 @@ def test_pool_plan_covers_every_cube(head_dim, dtype, batch, heads, video_shape)
     plan = plan_pool([tensor] * 3, video_shape)
     assert plan.kernel == f"pool_d{head_dim}_{'bf16' if dtype == torch.bfloat16 else 'fp16'}"
     tiles = 3 * batch * heads * CubeGrid(video_shape).num_cubes
-    assert plan.grid == (-(-tiles // 8), 1, 1)
+    assert plan.grid == (tiles, 1, 1)  # fewer than run at once
     assert plan.block == (head_dim, 1, 1)
     assert plan.shared_bytes <= SHARED_LIMIT
     assert all(x.element_type == str(dtype).removeprefix("torch.") for x in plan.maps)
@@ -318,7 +325,7 @@ def test_plans_of_the_forward_ops_are_launchable():
             video_shape, cube, cube, scale, True,
         )  # fmt: skip
     stems = [plan.kernel.split("_d128")[0] for plan in plans]
-    assert stems == ["pool", "fine_forward", "select_small", "fine_forward"]
+    assert stems == ["pool", "fine_forward", "select_small", "schedule_pairs_of_2", "fine_forward"]
     for plan in plans:
         assert plan.kernel in _extension.load().kernel_names()
         assert 1 <= plan.grid[0] < 1 << 31 and plan.grid[1:] == (1, 1) and plan.cluster == (1, 1, 1)
@@ -359,12 +366,12 @@ def test_plans_of_dense_attention():
     assert counts.shape == indices.shape == (0,)
     assert lse.shape == delta.shape == (2, 3, 5, 64) and grad_coarse.shape == (2, 3, 12, 128)
     assert [(plan.kernel.split("_d128")[0], plan.grid[0]) for plan in plans] == [
-        ("pool", 3 * 2 * 3 * 12 // 8),
+        ("pool", 3 * 2 * 3 * 12),
         ("fine_forward", 2 * 3),  # 12 pooled tokens are one block
         ("fine_forward", 2 * 3 * 3),  # blocks in pairs
         ("combine_backward", 2 * 3 * 12),
-        ("fine_backward_kv", 2 * 3 * 3),
         ("fine_backward_q", 2 * 3 * 3),
+        ("fine_backward_kv", 2 * 3 * 3),
     ]
 
 

@@ -60,6 +60,7 @@ def pool(query, key, value, video_shape, cube):
         inputs=[_tokens(query), _tokens(key), _tokens(value)],
         grid=grid,
         outputs=[x.data_ptr() for x in pooled],
+        num_sms=_extension.num_sms(query.device),
     )
     _extension.launch(plan, query)
     return pooled
@@ -92,7 +93,7 @@ def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), 
         entries_per_head=0 if offsets is None else compressed_entries.shape[2],
     )
     stages = like.new_empty((arguments.num_stages, 2), dtype=torch.int32)
-    stage_counts = like.new_empty(arguments.num_tasks, dtype=torch.int32)
+    stage_counts = like.new_empty(arguments.num_tasks + 1, dtype=torch.int32)
     arguments.stages, arguments.stage_counts = stages.data_ptr(), stage_counts.data_ptr()
     _extension.launch(C.plan_schedule(arguments), like)
     return arguments.schedule, (stages, stage_counts)

@@ -8,10 +8,11 @@
 // are computed twice for that, 7 matrix products instead of 5.
 //
 // A CTA takes task after task. Three producer warps load: one the first ring, one the second, one the resident
-// tiles of the next task.
+// tiles of the next task. A fourth fetches tasks.
 #pragma once
 
 #include "kernels/fine_backward_params.h"
+#include "kernels/task_queue.cuh"
 #include "kernels/tile_ring.cuh"
 #include "kernels/token_rows.cuh"
 #include "tiles/wgmma.cuh"
@@ -51,8 +52,10 @@ struct FineBackward {
     SecondRing second;
     Barrier resident_full[kConsumers];   // the producer's arrival and the bytes of both tiles
     Barrier resident_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
+    TaskQueue queue;
     Own own;
   };
+  static constexpr int kReadingWarps = 3 + kConsumers * FirstRing::kWarps;  // of the queue
 };
 
 // One map of the copy engine with its coordinates.
@@ -78,7 +81,9 @@ template <class Kernel>
 VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, const MappedTokens& first,
                                             const MappedTokens& second, const FineBackwardParams& params) {
   uint32_t phases = 0;  // a bit a consumer
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  TaskReader reader(shared.queue);
+  int index;
+  while ((index = reader.next()) < params.num_tasks) {
     Task task = fine_backward_task<Kernel>(params, index);
     for (int i = 0; i < task.blocks; i++) {
       shared.resident_empty[i].wait(phases >> i & 1 ^ 1);
@@ -99,9 +104,11 @@ VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, con
 // A warp that fills one ring, of the two the first if kFirst; load(task, run, stage, slot, full) as
 // TileProducer's.
 template <class Kernel, bool kFirst, class Ring, class Load>
-VSA_DEVICE void fine_backward_fill(Ring& ring, const FineBackwardParams& params, Load load) {
+VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackwardParams& params, Load load) {
   TileProducer<Ring, Kernel::kStageBlocks, kFirst> producer(ring);
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  TaskReader reader(queue);
+  int index;
+  while ((index = reader.next()) < params.num_tasks) {
     Task task = fine_backward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_backward_run<Kernel>(params, task, index);
     auto load_stage = [&task, &run, &load](const Stage& stage, int slot, Barrier& full) {
@@ -120,9 +127,9 @@ VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, float scale, const RowVec
     float tied[2] = {tie(shift.data[0], zero), tie(shift.data[1], zero)};
 #pragma unroll
     for (int i = begin; i < begin + kExp2Chunk; i++) {
-      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale, tied[i / 2 % 2]));
+      scores.data[i] = exp2_of_register(i, fmaf(scores.data[i], scale, tied[i / 2 % 2]));
     }
-    zero = sign_bit(scores.data[begin]);
+    zero = sign_bit(scores.data[begin + 1]);
   }
 }
 
@@ -238,7 +245,9 @@ template <class Kernel>
 VSA_DEVICE void fine_backward_consume(typename Kernel::Shared& shared, const FineBackwardParams& params,
                                       int consumer) {
   uint32_t position = 0, resident_phase = 0;
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  TaskReader reader(shared.queue);
+  int index;
+  while (__any_sync(0xffffffffu, (index = reader.next()) < params.num_tasks)) {
     FineBackwardConsumer<Kernel> self{shared, params, consumer};
     if (fine_backward_attend<Kernel>(self, index, position, resident_phase)) {
       int same = index;
@@ -262,6 +271,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
       shared.resident_full[threadIdx.x].init(1);
       shared.resident_empty[threadIdx.x].init(kWarpgroupThreads / kWarpThreads);
     }
+    if (threadIdx.x == 0) shared.queue.init(Kernel::kReadingWarps);
     shared.own.init(threadIdx.x);
     fence_barrier_init();
   }
@@ -274,6 +284,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
     if (warp == 0) Kernel::load_first(shared, maps, params);
     if (warp == 1) Kernel::load_second(shared, maps, params);
     if (warp == 2) Kernel::load_resident(shared, maps, params);
+    if (warp == 3) fetch_tasks(shared.queue, params.next_task, params.num_tasks);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_backward_consume<Kernel>(shared, params, warpgroup);

@@ -169,7 +169,7 @@ struct FineBackwardKv
                    full);
       }
     };
-    fine_backward_fill<FineBackwardKv, true>(shared.first, params, load);
+    fine_backward_fill<FineBackwardKv, true>(shared.first, shared.queue, params, load);
   }
   VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
@@ -178,7 +178,7 @@ struct FineBackwardKv
       load_blocks<kBlocks>(shared.second.tiles[slot], maps.grad_out, params.grad_out, params.q_grid, task,
                            stage, full);
     };
-    fine_backward_fill<FineBackwardKv, false>(shared.second, params, load);
+    fine_backward_fill<FineBackwardKv, false>(shared.second, shared.queue, params, load);
   }
 };
 

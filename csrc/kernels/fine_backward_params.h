@@ -25,7 +25,8 @@ struct FineBackwardParams {
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   int32_t heads;
   int32_t groups;     // of cubes in a head, a task each
-  int32_t num_tasks;  // groups of the pass's cubes, over all heads and batch entries
+  int32_t* next_task;  // 0; null: tasks of equal length, which go round the CTAs
+  int32_t num_tasks;   // groups of the pass's cubes, over all heads and batch entries
 };
 
 // Of both passes: two consumer warpgroups, a cube each, which keep two tiles of it (key side: K, V; query
@@ -45,12 +46,14 @@ constexpr BackwardStages fine_backward_kv_stages(int head_dim) {
   return head_dim == 128 ? BackwardStages{5, 4} : BackwardStages{6, 5};
 }
 
+constexpr int kTaskQueueBytes = 40;
+
 // `extra_bytes` beside a block of the first ring, `own_bytes` of the pass.
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
                                          int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
   return round_up(
-      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + own_bytes +
+      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kTaskQueueBytes + own_bytes +
           tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
           tile_ring_bytes(stage_blocks * tile, stages.second, 0),
       kTileAlignment);

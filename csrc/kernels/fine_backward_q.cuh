@@ -126,7 +126,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
       load_blocks<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, params.kv_grid, task,
                                          stage, full);
     };
-    fine_backward_fill<FineBackwardQ, true>(shared.first, params, load);
+    fine_backward_fill<FineBackwardQ, true>(shared.first, shared.queue, params, load);
   }
   VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
@@ -135,7 +135,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
       load_blocks<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, params.kv_grid,
                                          task, stage, full);
     };
-    fine_backward_fill<FineBackwardQ, false>(shared.second, params, load);
+    fine_backward_fill<FineBackwardQ, false>(shared.second, shared.queue, params, load);
   }
 };
 

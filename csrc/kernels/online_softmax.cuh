@@ -46,9 +46,9 @@ class OnlineSoftmax {
       float shift[2] = {tie(negative[0], zero), tie(negative[1], zero)};
 #pragma unroll
       for (int i = begin; i < begin + kExp2Chunk; i++) {
-        scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, shift[i / 2 % 2]));
+        scores.data[i] = exp2_of_register(i, fmaf(scores.data[i], scale_, shift[i / 2 % 2]));
       }
-      zero = sign_bit(scores.data[begin]);
+      zero = sign_bit(scores.data[begin + 1]);
       if (begin > 0) use(probabilities, chains, scores, begin - kExp2Chunk, zero);
     }
     use(probabilities, chains, scores, scores.kRegisters - kExp2Chunk, 0);

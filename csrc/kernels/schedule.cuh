@@ -22,7 +22,7 @@ struct StageWriter {
     const CubeGrid& grid = params.listed_grid;
     if (params.block_sizes && __ldg(params.block_sizes + block) < kCubeTokens) flags |= kStagePartial;
     if (!grid.is_full(grid.origin(block))) flags |= kStagePartial;
-    Stage& place = params.stages[places.index(stage)];
+    Stage& place = params.schedule.stages[places.index(stage)];
     (half ? place.second : place.first) = uint32_t(block) | flags | (half ? 0 : members << kStageBlockBits);
   }
 
@@ -134,6 +134,7 @@ struct SingleScheduler {
 
 template <int kConsumers, int kBlocks>
 VSA_DEVICE void make_schedule(const ScheduleParams& params) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) params.schedule.counts[params.num_tasks] = 0;
   int index = blockIdx.x * kScheduleWarps + warp_id();
   if (index >= params.num_tasks) return;
   Task task = task_at<kConsumers>(params.grid, params.heads, params.groups, index);
@@ -159,7 +160,7 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
   std::conditional_t<kBlocks == 2, PairScheduler<kConsumers>, SingleScheduler<kConsumers>> scheduler{writer};
   while (!window.ended()) scheduler.take(window);
   scheduler.take_rest();
-  if (lane_id() == 0) params.counts[index] = scheduler.stages;
+  if (lane_id() == 0) params.schedule.counts[index] = scheduler.stages;
 }
 
 }  // namespace vsa

@@ -20,8 +20,8 @@ constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no
 // The stages of all tasks. With `offsets`, task by task along the compressed rows of its lists (the list of
 // the task's first block, then the second's); else `task_stages` apart.
 struct Schedule {
-  const Stage* stages;     // null: every block has all blocks
-  const int32_t* counts;   // [batch * heads * groups] stages of each task
+  Stage* stages;           // null: every block has all blocks
+  int32_t* counts;         // [batch * heads * groups + 1] stages of each task, and a counter for fetch_tasks
   const int32_t* offsets;  // [batch * heads, blocks + 1] of the compressed lists, or null
   int64_t task_stages;     // from one task's stages to the next one's
   int64_t head_stages;     // with offsets: from one head's stages to the next one's

@@ -18,9 +18,7 @@ struct ScheduleParams {
   CubeGrid grid;               // of the blocks that have lists
   CubeGrid listed_grid;        // of the blocks that lists name
   const int32_t* block_sizes;  // [listed blocks] valid prefix, or null
-  Schedule schedule;
-  Stage* stages;    // of schedule, to write
-  int32_t* counts;  // [num_tasks]
+  Schedule schedule;           // to write
   int32_t heads;
   int32_t groups;     // of cubes in a head, a task each
   int32_t num_tasks;

@@ -66,14 +66,14 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
   params.pooled_on_own_grid = pooled == grid;
 }
 
-// CTAs that stay and take task after task where these take equally long: tasks of compressed lists do not.
 void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
                const CubeGrid& grid, const char* kernel) {
   params.groups = int32_t(ceil_div(grid.num_cubes(), kBackwardConsumers));
   params.num_tasks =
       int32_t(checked_grid(params.groups * arguments.query.heads * arguments.query.batch, kernel));
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
-  plan.grid[0] = params.schedule.offsets ? params.num_tasks : std::min(params.num_tasks, arguments.num_sms);
+  plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
+  if (params.schedule.stages) params.next_task = params.schedule.counts + params.num_tasks;
   plan.block[0] = kBackwardThreads;
   plan.set_params(params);
 }

@@ -6,7 +6,7 @@
 namespace vsa {
 
 LaunchPlan plan_pool(const std::array<TokenTensor, 3>& inputs, const CubeGrid& grid,
-                     const std::array<uint64_t, 3>& outputs) {
+                     const std::array<uint64_t, 3>& outputs, int num_sms) {
   constexpr const char* kArguments[kPoolTensors] = {"query", "key", "value"};
 
   const TokenTensor& first = inputs[0];
@@ -16,7 +16,10 @@ LaunchPlan plan_pool(const std::array<TokenTensor, 3>& inputs, const CubeGrid& g
   params.grid = grid;
   params.batch = int32_t(first.batch);
   params.heads = int32_t(first.heads);
-  params.tiles_per_cta = kPoolTilesPerCta;
+  check_argument(num_sms > 0, "num_sms: got ", num_sms, ", expected at least 1");
+  // As many CTAs as run at once, with equal shares: no second round that is not full.
+  int64_t tiles = checked_grid(int64_t(kPoolTensors) * first.batch * first.heads * grid.num_cubes(), "pool");
+  params.tiles_per_cta = int32_t(ceil_div(tiles, int64_t(num_sms) * kPoolCtasPerSm));
   for (int i = 0; i < kPoolTensors; i++) {
     check_same_heads(inputs[i], first, kArguments[i]);
     CubeMap cube_map = make_cube_map(inputs[i], grid, kArguments[i]);
@@ -27,8 +30,7 @@ LaunchPlan plan_pool(const std::array<TokenTensor, 3>& inputs, const CubeGrid& g
   }
   plan.set_params(params);
 
-  int64_t tiles = int64_t(kPoolTensors) * first.batch * first.heads * grid.num_cubes();
-  plan.grid[0] = checked_grid(ceil_div(tiles, kPoolTilesPerCta), "pool");
+  plan.grid[0] = uint32_t(ceil_div(tiles, params.tiles_per_cta));
   plan.block[0] = pool_threads(first.head_dim);
   plan.shared_bytes = pool_shared_bytes(first.head_dim);
   return plan;

@@ -77,8 +77,8 @@ int64_t num_stages(const ScheduleArguments& arguments) {
 Schedule make_schedule(const ScheduleArguments& arguments) {
   auto [consumers, stage_blocks] = grouping(arguments);
   Schedule schedule{};
-  schedule.stages = pointer<const Stage>(arguments.stages);
-  schedule.counts = pointer<const int32_t>(arguments.counts);
+  schedule.stages = pointer<Stage>(arguments.stages);
+  schedule.counts = pointer<int32_t>(arguments.counts);
   schedule.offsets = arguments.compressed.offsets;
   schedule.task_stages = most_stages(consumers, arguments.max_blocks, stage_blocks);
   schedule.head_stages = arguments.compressed.offsets ? head_stages(arguments) : 0;
@@ -106,8 +106,6 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.listed_grid = arguments.listed_grid;
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.schedule = make_schedule(arguments);
-  params.stages = pointer<Stage>(arguments.stages);
-  params.counts = pointer<int32_t>(arguments.counts);
   params.heads = int32_t(arguments.heads);
   params.groups = int32_t(num_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));

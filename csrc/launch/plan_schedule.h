@@ -28,7 +28,7 @@ struct ScheduleArguments {
   BlockLists lists;             // absent with compressed lists
   int64_t max_blocks = 0;       // of one list
   CompressedLists compressed{};  // of the key side
-  uint64_t stages = 0, counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks]
+  uint64_t stages = 0, counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks + 1]
 };
 
 int64_t num_stages(const ScheduleArguments& arguments);
