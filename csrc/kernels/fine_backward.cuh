@@ -121,15 +121,9 @@ VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackw
 // Registers kBegin to kEnd - 1 of `scores` become exp2(scale * scores + shift), a shift a row.
 template <int kBegin, int kEnd, int kCols>
 VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, float scale, const RowVector& shift) {
-  uint32_t zero = 0;
 #pragma unroll
-  for (int begin = kBegin; begin < kEnd; begin += kExp2Chunk) {
-    float tied[2] = {tie(shift.data[0], zero), tie(shift.data[1], zero)};
-#pragma unroll
-    for (int i = begin; i < begin + kExp2Chunk; i++) {
-      scores.data[i] = exp2_of_register(i, fmaf(scores.data[i], scale, tied[i / 2 % 2]));
-    }
-    zero = sign_bit(scores.data[begin + 1]);
+  for (int i = kBegin; i < kEnd; i++) {
+    scores.data[i] = exp2_approx(fmaf(scores.data[i], scale, shift.data[i / 2 % 2]));
   }
 }
 
@@ -188,6 +182,12 @@ struct FineBackwardConsumer {
   bool pending;
   uint32_t pending_position;
 
+  // After the last products with the resident tiles.
+  VSA_DEVICE void release_resident() {
+    __syncwarp();
+    if (elect_one()) shared.resident_empty[consumer].arrive();
+  }
+
   // What is pending holds tiles that others may wait to see replaced.
   VSA_DEVICE void finish_before(uint32_t position) {
     bool due = pending && position - pending_position >= Kernel::kHeldStages;
@@ -233,12 +233,10 @@ VSA_DEVICE bool fine_backward_attend(FineBackwardConsumer<Kernel>& self, int ind
     shared.resident_full[self.consumer].wait(resident_phase);
     resident_phase ^= 1;
   }
-  walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
+  bool released = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
   self.finish();
-  if (!exists) return false;
-  __syncwarp();
-  if (elect_one()) shared.resident_empty[self.consumer].arrive();
-  return true;
+  if (exists && !released) self.release_resident();
+  return exists;
 }
 
 template <class Kernel>

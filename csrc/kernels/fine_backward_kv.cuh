@@ -88,6 +88,7 @@ struct FineBackwardKvPass {
     } else {
       mma_wait<1>(grad_value, probabilities[0], grad_scores[0], probabilities[1]);
     }
+    if (at.last) self.release_resident();
   }
 
   // P and dS of a stage's block of queries, and what it adds to dV and dK.

@@ -71,6 +71,7 @@ struct FineBackwardQPass {
     keep_above_wait(scores);
     mma_wait<0>(grads);
     shared.second.release(at.position);
+    if (at.last) self.release_resident();
 #pragma unroll
     for (int i = 0; i < grads.kRegisters; i++) {
       grads.data[i] = scores.data[i] * (grads.data[i] + minus_delta.data[i / 2 % 2]);

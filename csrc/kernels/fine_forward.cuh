@@ -164,6 +164,12 @@ struct FineForwardConsumer {
   bool pending;                                     // out += probabilities value is still to come
   uint32_t pending_position;
 
+  // After the last product with it.
+  VSA_DEVICE void release_query() {
+    __syncwarp();
+    if (elect_one()) shared.query_empty[consumer].arrive();
+  }
+
   // What is pending holds values that others may wait to see replaced.
   VSA_DEVICE void finish_before(uint32_t position) {
     bool due = pending && position - pending_position >= Kernel::kStages;
@@ -209,6 +215,7 @@ struct FineForwardConsumer {
     mma_wait<kPending ? 1 : 0>(scores);
     if (at.marked) fill_masked(scores, shared.keys.extra(at.position).blocks, -INFINITY);
     shared.keys.release(at.position);
+    if (at.last) release_query();
     pin(scores);  // first
 
     RowVector sums, factor;
@@ -216,17 +223,16 @@ struct FineForwardConsumer {
       softmax.raise_to_maximum(scores, factor);
       mul_row(out, factor);
     }
-    HalfTile<T, Kernel::kStageTokens> next;
-    softmax.exponentiate(next, scores, sums);
+    softmax.exponentiate(scores, sums);
     if constexpr (kPending) {
       mma_wait<0>(out, probabilities);
       shared.values.release(pending_position);
       if (softmax.template exceeded<T>(sums)) {
-        start_again(next, sums, factor, at.index);
+        start_again(scores, sums, factor, at.index);
         mul_row(out, factor);
       }
     }
-    probabilities = next;
+    convert(probabilities, scores);
     softmax.add(sums);
   }
 
@@ -242,8 +248,7 @@ struct FineForwardConsumer {
 
   // Exponentials have outgrown their type, and the scores are gone. Computes them again, from global memory, as
   // the keys may have been replaced.
-  VSA_DEVICE void start_again(HalfTile<T, Kernel::kStageTokens>& next, RowVector& sums, RowVector& factor,
-                              int index) {
+  VSA_DEVICE void start_again(Scores& scores, RowVector& sums, RowVector& factor, int index) {
     forget(index);  // nothing of this is worth a register in the loop
     Stage stage = run.load(index);
     const int blocks[] = {stage_block(stage.first), stage_block(stage.second)};
@@ -255,11 +260,10 @@ struct FineForwardConsumer {
       int64_t token = params.kv_grid.token(params.kv_grid.origin(blocks[b]), slot);
       return static_cast<const T*>(params.key_rows.at(task.batch, token, task.head));
     };
-    Scores scores;
     mma_ABt_rows(scores, shared.query[consumer], key);
     fill_masked(scores, valid, -INFINITY);
     softmax.raise_to_maximum(scores, factor);
-    softmax.exponentiate(next, scores, sums);
+    softmax.exponentiate(scores, sums);
   }
 };
 
@@ -314,10 +318,9 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
       shared.query_full[consumer].wait(query_phase);
       query_phase ^= 1;
     }
-    walk_stages<Kernel::kConsumers>(self, run, window, position, is_partial);
+    bool released = walk_stages<Kernel::kConsumers>(self, run, window, position, is_partial);
     if (!exists) continue;
-    __syncwarp();
-    if (elect_one()) shared.query_empty[consumer].arrive();
+    if (!released) self.release_query();
     if (__any_sync(0xffffffffu, self.pending)) self.finish();
     int cube = task.block(params.q_grid, consumer);
     fine_forward_epilogue<Kernel>(self.out, self.softmax, params, task.address(params.q_grid, cube), cube);

@@ -29,10 +29,9 @@ class OnlineSoftmax {
     }
   }
 
-  // probabilities = exp2(scale * scores - reference), rounded; `sums` are their sums before. `scores` is lost.
-  template <class T, int kCols>
-  VSA_DEVICE void exponentiate(HalfTile<T, kCols>& probabilities, FloatTile<kCols>& scores,
-                               RowVector& sums) const {
+  // `scores` becomes exp2(scale * scores - reference), `sums` their sums.
+  template <int kCols>
+  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowVector& sums) const {
     // A row without any key so far: every score is -inf, and so must be the exponent.
     float negative[2];
 #pragma unroll
@@ -40,18 +39,11 @@ class OnlineSoftmax {
       negative[half] = reference_.data[half] == -INFINITY ? 0.0f : -reference_.data[half];
     }
     float chains[4] = {};  // for each column of a group and half
-    uint32_t zero = 0;
 #pragma unroll
-    for (int begin = 0; begin < scores.kRegisters; begin += kExp2Chunk) {
-      float shift[2] = {tie(negative[0], zero), tie(negative[1], zero)};
-#pragma unroll
-      for (int i = begin; i < begin + kExp2Chunk; i++) {
-        scores.data[i] = exp2_of_register(i, fmaf(scores.data[i], scale_, shift[i / 2 % 2]));
-      }
-      zero = sign_bit(scores.data[begin + 1]);
-      if (begin > 0) use(probabilities, chains, scores, begin - kExp2Chunk, zero);
+    for (int i = 0; i < scores.kRegisters; i++) {
+      scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
+      chains[i % 4] += scores.data[i];
     }
-    use(probabilities, chains, scores, scores.kRegisters - kExp2Chunk, 0);
     sums.data[0] = chains[0] + chains[1];
     sums.data[1] = chains[2] + chains[3];
     // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does not
@@ -89,20 +81,6 @@ class OnlineSoftmax {
   }
 
  private:
-  // A chunk of exponentials.
-  template <class T, int kCols>
-  VSA_DEVICE static void use(HalfTile<T, kCols>& probabilities, float (&chains)[4],
-                             const FloatTile<kCols>& exponentials, int begin, uint32_t zero) {
-    for (float& chain : chains) chain = tie(chain, zero);
-#pragma unroll
-    for (int i = begin; i < begin + kExp2Chunk; i += 2) {
-      float x = exponentials.data[i], y = exponentials.data[i + 1];
-      chains[i % 4] += x;
-      chains[i % 4 + 1] += y;
-      probabilities.data[i / 2] = pack<T>(x, y);
-    }
-  }
-
   VSA_DEVICE void raise(int half, float reference, RowVector& factor) {
     factor.data[half] =
         reference_.data[half] == -INFINITY ? 0.0f : exp2_approx(reference_.data[half] - reference);

@@ -151,15 +151,17 @@ struct StageAt {
   uint32_t position;
   int index;  // in its task
   bool shared, marked;  // shared: all consumers are members
+  bool last;            // the consumer is a member of none after this, as far as it can tell
 };
 
 // A consumer's way through the stages of one task: self.step(StageAt) for each that it is a member of, `marked`
 // as mark(Stage) says, and self.visit(position) for others that it attends. `window` is run.load(lane);
 // `position` that of the task's first stage, then of the next task's. By vote: the compiler then knows that the
-// warp stays whole.
+// warp stays whole. Whether there was a last one.
 template <int kConsumers, int kBlocks, class Consumer, class Mark>
-VSA_DEVICE void walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage window, uint32_t& position,
+VSA_DEVICE bool walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage window, uint32_t& position,
                             Mark mark) {
+  bool ended = false;
   for (int base = 0; __any_sync(0xffffffffu, base < run.count); base += kWarpThreads) {
     uint32_t members = stage_members(window);
     uint32_t mine = __ballot_sync(0xffffffffu, members >> self.consumer & 1);
@@ -167,13 +169,17 @@ VSA_DEVICE void walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage 
     uint32_t marked = __ballot_sync(0xffffffffu, mark(window));
     window = run.load(base + kWarpThreads + lane_id());
     static_assert(kRingVisits == kWarpThreads);
+    bool final = __any_sync(0xffffffffu, base + kWarpThreads >= run.count);
+    ended = final && mine;
     if (!(mine & 1)) self.visit(position);
     for (uint32_t todo = mine; todo; todo &= todo - 1) {
       int i = __ffs(todo) - 1;
-      self.step(StageAt{position + i, base + i, bool(shared >> i & 1), bool(marked >> i & 1)});
+      bool last = final && !(todo & (todo - 1));
+      self.step(StageAt{position + i, base + i, bool(shared >> i & 1), bool(marked >> i & 1), last});
     }
     position += min(kWarpThreads, run.count - base);
   }
+  return ended;
 }
 
 }  // namespace vsa

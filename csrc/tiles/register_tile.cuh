@@ -137,46 +137,6 @@ VSA_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// The larger one; NaN if either is.
-VSA_DEVICE float max_nan(float x, float y) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
-  return result;
-}
-VSA_DEVICE float min_nan(float x, float y) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
-  return result;
-}
-
-// 2^x by ordinary arithmetic, 2.6e-6 off; 0 below 2^-126, 2^127 above that. x = n + rest, |rest| <= 1/2.
-VSA_DEVICE float exp2_polynomial(float x) {
-  constexpr float kWhole = 0x1.8p23f;  // added, it leaves n in the lowest bits
-  x = min_nan(max_nan(x, -127.0f), 127.0f);
-  float shifted = x + kWhole;
-  float rest = x - (shifted - kWhole);
-  float power = __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);  // 2^n
-  float y = fmaf(0.009570102f, rest, 0.05591786f);
-  y = fmaf(y, rest, 0.24024744f);
-  y = fmaf(y, rest, 0.6931218f);
-  return fmaf(y, rest, 0.9999993f) * power;
-}
-
-// The special function unit is what a softmax waits for, while the others have time: of a tile's registers one
-// in kPolynomialEvery goes the other way, another one in each group of four.
-constexpr int kPolynomialEvery = 4;
-VSA_DEVICE float exp2_of_register(int i, float x) {
-  return (i + i / 4) % kPolynomialEvery == 0 ? exp2_polynomial(x) : exp2_approx(x);
-}
-
-// Exponentials are computed a chunk of registers at a time, so that the arithmetic around them runs in the gaps
-// between them: of 8 cycles for each of a warp, the unit leaves 7 to other instructions. ptxas would put the
-// exponents of all in front of the first one, and use each when it has only just begun. So what belongs to the
-// exponents of a chunk and to the use of the last one is tied to `zero`, the sign of this chunk's first.
-constexpr int kExp2Chunk = 16;
-VSA_DEVICE uint32_t sign_bit(float x) { return __float_as_uint(x) >> 31; }
-VSA_DEVICE float tie(float x, uint32_t zero) { return __uint_as_float(__float_as_uint(x) | zero); }
-
 // 16 rows by 16 columns as a matrix operand (ldmatrix); `chunk` is 8 columns of row l % 16 in lane l, the first
 // ones in lanes 0 to 15, the last ones in lanes 16 to 31.
 VSA_DEVICE void load_fragment(uint32_t* result, const void* chunk) {
