@@ -44,8 +44,9 @@ TokenTensor token_tensor(uint64_t address, std::array<int64_t, 4> shape, std::ar
 LaunchPlan fine_forward(const TokenTensor& query, const TokenTensor& key, const TokenTensor& value,
                         const TokenTensor& out, const TokenTensor& out_fine, bool store_out_fine,
                         const CubeGrid& q_grid, const CubeGrid& kv_grid, const CubeGrid& coarse_grid,
-                        const Schedule& schedule, uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t coarse,
-                        const Gate& gate_fine, const Gate& gate_coarse, double scale, int num_sms) {
+                        const Schedule& schedule, uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse,
+                        uint64_t coarse, const Gate& gate_fine, const Gate& gate_coarse, double scale,
+                        int num_sms) {
   FineForwardArguments arguments{query,          key,    value,   out,        out_fine,
                                  store_out_fine, q_grid, kv_grid, coarse_grid};
   arguments.schedule = schedule;
@@ -97,9 +98,8 @@ FineBackwardArguments fine_backward_arguments(
     const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
     const CubeGrid& q_grid, const CubeGrid& kv_grid, const Schedule& kv_schedule, const Schedule& q_schedule,
     uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t row_terms,
-    uint64_t dq_pooled,
-    uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid,
-    double scale, int num_sms) {
+    uint64_t dq_pooled, uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid,
+    const CubeGrid& pooled_kv_grid, double scale, int num_sms) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
                                   grad_key, grad_value, q_grid, kv_grid};
   arguments.kv_schedule = kv_schedule;
@@ -193,14 +193,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_stages", &num_stages)
       .def_property_readonly("num_tasks", &num_tasks)
       .def_readwrite("stages", &ScheduleArguments::stages)
-      .def_readwrite("stage_counts", &ScheduleArguments::counts)
+      .def_readwrite("stage_counts", &ScheduleArguments::stage_counts)
       .def_property_readonly("schedule", &make_schedule);
   m.def("plan_schedule", &plan_schedule, "arguments"_a);
 
   m.def("plan_fine_forward", &fine_forward, py::kw_only(), "query"_a, "key"_a, "value"_a, "out"_a,
         "out_fine"_a, "store_out_fine"_a, "q_grid"_a, "kv_grid"_a, "coarse_grid"_a, "schedule"_a,
-        "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a,
-        "gate_coarse"_a, "scale"_a, "num_sms"_a);
+        "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "coarse"_a, "gate_fine"_a, "gate_coarse"_a, "scale"_a,
+        "num_sms"_a);
 
   m.def("plan_pool", &plan_pool, py::kw_only(), "inputs"_a, "grid"_a, "outputs"_a, "num_sms"_a);
   auto def_select = [&m](const char* name, auto* plan) {
@@ -219,9 +219,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<FineBackwardArguments>(m, "FineBackwardArguments")
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,
-           "q_schedule"_a, "block_sizes"_a,
-           "q_block_sizes"_a, "lse"_a, "delta"_a, "row_terms"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
-           "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a,
+           "q_schedule"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "delta"_a, "row_terms"_a,
+           "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a,
            "num_sms"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
   m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);

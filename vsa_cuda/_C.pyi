@@ -66,22 +66,57 @@ class FineBackwardArguments:
         grad_value: TokenTensor,
         q_grid: CubeGrid,
         kv_grid: CubeGrid,
-        kv_num_blocks: StridedTensor,
-        kv_indices: StridedTensor,
-        q_offsets: int,
-        q_indices: int,
-        q_indices_per_head: int,
+        kv_schedule: Schedule,
+        q_schedule: Schedule,
         block_sizes: int,
         q_block_sizes: int,
         lse: int,
         delta: int,
+        row_terms: int,
         dq_pooled: int,
         dk_pooled: int,
         dv_pooled: int,
         pooled_q_grid: CubeGrid,
         pooled_kv_grid: CubeGrid,
         scale: float,
+        num_sms: int,
     ) -> None: ...
+
+class Schedule:
+    def __init__(self) -> None: ...
+
+class ScheduleArguments:
+    def __init__(
+        self,
+        *,
+        kernel: str,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        grid: CubeGrid,
+        listed_grid: CubeGrid,
+        block_sizes: int,
+        counts: StridedTensor,
+        entries: StridedTensor,
+        max_blocks: int,
+        offsets: int,
+        compressed_entries: int,
+        entries_per_head: int,
+    ) -> None: ...
+    @property
+    def stages(self) -> int: ...
+    @stages.setter
+    def stages(self, address: int) -> None: ...
+    @property
+    def stage_counts(self) -> int: ...
+    @stage_counts.setter
+    def stage_counts(self, address: int) -> None: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def num_tasks(self) -> int: ...
+    @property
+    def schedule(self) -> Schedule: ...
 
 def plan_fine_forward(
     *,
@@ -94,8 +129,7 @@ def plan_fine_forward(
     q_grid: CubeGrid,
     kv_grid: CubeGrid,
     coarse_grid: CubeGrid,
-    kv_num_blocks: StridedTensor,
-    kv_indices: StridedTensor,
+    schedule: Schedule,
     block_sizes: int,
     q_block_sizes: int,
     lse: int,
@@ -105,7 +139,10 @@ def plan_fine_forward(
     scale: float,
     num_sms: int,
 ) -> LaunchPlan: ...
-def plan_pool(*, inputs: Sequence[TokenTensor], grid: CubeGrid, outputs: Sequence[int]) -> LaunchPlan: ...
+def plan_pool(
+    *, inputs: Sequence[TokenTensor], grid: CubeGrid, outputs: Sequence[int], num_sms: int
+) -> LaunchPlan: ...
+def plan_schedule(arguments: ScheduleArguments) -> LaunchPlan: ...
 def plan_select(
     *,
     query: TokenTensor,

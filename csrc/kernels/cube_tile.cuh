@@ -1,4 +1,4 @@
-// A cube of tokens between global memory and a shared tile, one box of the copy engine a panel.
+// A cube of tokens from global memory to a shared tile, one box of the copy engine a panel.
 #pragma once
 
 #include "kernels/cube_grid.h"
@@ -32,19 +32,6 @@ VSA_DEVICE void load_cube(Tile& tile, const CUtensorMap& map, const CubeCoordina
     int32_t coordinates[5];
     box_coordinates(coordinates, at, cube, panel);
     load_async(tile.panel(panel), map, coordinates, full);
-  }
-}
-
-// One thread, after a fence and a barrier among the tile's writers. Tokens outside the video are not written.
-template <class Tile>
-VSA_DEVICE void store_cube(const CUtensorMap& map, const CubeCoordinates& at, const CubeAddress& cube,
-                           Tile& tile) {
-  static_assert(Tile::kRows == kCubeTokens);
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; panel++) {
-    int32_t coordinates[5];
-    box_coordinates(coordinates, at, cube, panel);
-    store_async(map, coordinates, tile.panel(panel));
   }
 }
 

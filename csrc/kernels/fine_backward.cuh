@@ -7,8 +7,8 @@
 // tiles, in the order of its schedule. No reduction between CTAs, so every run gives the same bits; S and dP
 // are computed twice for that, 7 matrix products instead of 5.
 //
-// A CTA takes task after task. Three producer warps load: one the first ring, one the second, one the resident
-// tiles of the next task. A fourth fetches tasks.
+// A CTA takes task after task. Three producer warps load: one the first ring, one the second, one the
+// resident tiles of the next task. A fourth fetches tasks.
 #pragma once
 
 #include "kernels/fine_backward_params.h"
@@ -26,7 +26,8 @@ struct NothingOwn {
   VSA_DEVICE void init(int) {}
 };
 
-// Extra: beside a tile of the first ring. Own: shared memory of the pass, with init(thread) for threads 0 to 63.
+// Extra: beside a tile of the first ring. Own: shared memory of the pass, with init(thread) for threads 0
+// to 63.
 template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class Extra, class Own>
 struct FineBackward {
   using T = T_;
@@ -104,7 +105,8 @@ VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, con
 // A warp that fills one ring, of the two the first if kFirst; load(task, run, stage, slot, full) as
 // TileProducer's.
 template <class Kernel, bool kFirst, class Ring, class Load>
-VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackwardParams& params, Load load) {
+VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackwardParams& params,
+                                   Load load) {
   TileProducer<Ring, Kernel::kStageBlocks, kFirst> producer(ring);
   TaskReader reader(queue);
   int index;
@@ -228,7 +230,8 @@ VSA_DEVICE bool fine_backward_attend(FineBackwardConsumer<Kernel>& self, int ind
   typename Kernel::Run run = fine_backward_run<Kernel>(self.params, task, index);
   Stage window = run.load(lane_id());
   bool exists = self.consumer < task.blocks;
-  self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0), exists);
+  self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0),
+                  exists);
   if (exists) {
     shared.resident_full[self.consumer].wait(resident_phase);
     resident_phase ^= 1;

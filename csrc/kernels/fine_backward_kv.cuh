@@ -2,8 +2,8 @@
 //
 // A consumer keeps K and V of a key cube and walks the query cubes that chose it, 128 queries at a time at
 // head_dim 64, else 64: first ring Q with the queries' terms, second dO. Rows are keys: S^T = K Q^T, dP^T =
-// V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta, which lie across the lanes then,
-// come in as products (row_terms.cuh). Per member stage i, block by block of its queries:
+// V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta, which lie across the lanes
+// then, come in as products (row_terms.cuh). Per member stage i, block by block of its queries:
 //
 //   tensor cores   | dK(i-1) | S(i) | dP(i) - delta | dV += P(i)^T dO | dK += dS(i)^T Q ...
 //   consumer       |  wait dK, release i-1 | P(i) ----- | dS(i) -----  | wait dV
@@ -32,7 +32,8 @@ struct TermSelectors {
     fence_async_shared();  // wgmma reads them through the async proxy
   }
 };
-static_assert(sizeof(TermSelectors) == kTermSelectorsBytes && sizeof(RowTerms) == kCubeTokens * kRowTermsBytes);
+static_assert(sizeof(TermSelectors) == kTermSelectorsBytes &&
+              sizeof(RowTerms) == kCubeTokens * kRowTermsBytes);
 
 // A consumer's registers through the loop.
 template <class Kernel>

@@ -12,7 +12,7 @@ struct FineBackwardParams {
   CubeGrid q_grid, kv_grid;
   CubeCoordinates query, key, value, grad_out;  // of the maps of the same names
   TokenRows grad_query, grad_key, grad_value;
-  Schedule schedule;                            // of the pass
+  Schedule schedule;                           // of the pass
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
   const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64], for the query pass
   void* row_terms;  // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass leaves for the
@@ -24,7 +24,7 @@ struct FineBackwardParams {
   bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   int32_t heads;
-  int32_t groups;     // of cubes in a head, a task each
+  int32_t groups;      // of cubes in a head, a task each
   int32_t* next_task;  // 0; null: tasks of equal length, which go round the CTAs
   int32_t num_tasks;   // groups of the pass's cubes, over all heads and batch entries
 };
@@ -52,11 +52,10 @@ constexpr int kTaskQueueBytes = 40;
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
                                          int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return round_up(
-      kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kTaskQueueBytes + own_bytes +
-          tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
-          tile_ring_bytes(stage_blocks * tile, stages.second, 0),
-      kTileAlignment);
+  return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kTaskQueueBytes + own_bytes +
+                      tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
+                      tile_ring_bytes(stage_blocks * tile, stages.second, 0),
+                  kTileAlignment);
 }
 constexpr int kValidMaskBytes = 8;  // of a key block
 constexpr int kRowTermsBytes = 16;  // of a query

@@ -1,7 +1,7 @@
 // Fine stage, backward, query side: dQ, written once.
 //
-// Runs before the key side. A consumer keeps Q and dO of a query cube and walks the key cubes of its list, 128
-// keys at a time: first ring K, second V. Rows are queries. Per member stage i:
+// Runs before the key side. A consumer keeps Q and dO of a query cube and walks the key cubes of its list,
+// 128 keys at a time: first ring K, second V. Rows are queries. Per member stage i:
 //
 //   tensor cores   | dQ += dS(i-1) K | S(i)    | dP(i)         |            | dQ += dS(i) K ...
 //   consumer       |      wait dQ, release K(i-1) | P(i) ------ | dS(i), release V(i) |
@@ -120,8 +120,8 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
                                                {maps.grad_out, params.grad_out}, params);
   }
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run,
-                                          const Stage& stage, int slot, Barrier& full) {
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
+                                          int slot, Barrier& full) {
       if (is_partial(stage)) valid_masks(shared.first.extras[slot].blocks, run.blocks, stage);
       full.arrive_expect(Base::StageTile::kBytes);
       load_blocks<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, params.kv_grid, task,

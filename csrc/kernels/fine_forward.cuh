@@ -3,8 +3,8 @@
 //
 // A CTA takes task after task; a task is a few neighbouring query cubes of one head, one consumer warpgroup
 // each. Three producer warps load: one the queries, one the keys, one the values, the latter two in the order
-// of the schedule; they run ahead over the end of a task, and the next one's tiles land during the epilogue. A
-// consumer works on the stages it is a member of, 128 keys at a time. Per member stage:
+// of the schedule; they run ahead over the end of a task, and the next one's tiles land during the epilogue.
+// A consumer works on the stages it is a member of, 128 keys at a time. Per member stage:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i) |
 //   consumer       |        wait scores  | release K, exp(i+1) ... | wait out | P(i+1)
@@ -246,8 +246,8 @@ struct FineForwardConsumer {
     pending = false;
   }
 
-  // Exponentials have outgrown their type, and the scores are gone. Computes them again, from global memory, as
-  // the keys may have been replaced.
+  // Exponentials have outgrown their type, and the scores are gone. Computes them again, from global memory,
+  // as the keys may have been replaced.
   VSA_DEVICE void start_again(Scores& scores, RowVector& sums, RowVector& factor, int index) {
     forget(index);  // nothing of this is worth a register in the loop
     Stage stage = run.load(index);
@@ -294,8 +294,7 @@ VSA_DEVICE void fine_forward_epilogue(FloatTile<Kernel::kHeadDim>& out, OnlineSo
     if (params.coarse) {
       int64_t first = (int64_t(address.batch) * params.heads + address.head) * params.coarse_grid.num_cubes();
       const auto* coarse = static_cast<const T*>(params.coarse) + first * Kernel::kHeadDim;
-      add_gated_coarse(out, coarse, params.coarse_grid, params.gate_coarse, params.q_grid, address,
-                       valid);
+      add_gated_coarse(out, coarse, params.coarse_grid, params.gate_coarse, params.q_grid, address, valid);
     }
   }
   store_tokens<T>(out, params.out, params.q_grid, address);

@@ -46,8 +46,8 @@ class OnlineSoftmax {
     }
     sums.data[0] = chains[0] + chains[1];
     sums.data[1] = chains[2] + chains[3];
-    // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does not
-    // know.
+    // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does
+    // not know.
     keep_above_wait(__float_as_uint(sums.data[0] + sums.data[1]), 0xffffffffu);
   }
 

@@ -14,7 +14,7 @@ struct PoolParams {
   int32_t tiles_per_cta;
 };
 
-constexpr int kPoolCtasPerSm = 3;  // that share its memory
+constexpr int kPoolCtasPerSm = 3;                              // that share its memory
 constexpr int pool_threads(int head_dim) { return head_dim; }  // 8 threads for each 16-byte column of a row
 constexpr int pool_stages(int head_dim) { return 512 / head_dim; }
 constexpr int pool_shared_bytes(int head_dim) {

@@ -1,9 +1,9 @@
-// What a query's row adds to its scores and to dP in the backward, -LSE / scale and -delta, as the product of a
-// few more columns: then neither costs an instruction or a load of its own where rows lie across the lanes.
+// What a query's row adds to its scores and to dP in the backward, -LSE / scale and -delta, as the product of
+// a few more columns: then neither costs an instruction or a load of its own where rows lie across the lanes.
 //
-// Each number is three bf16 that sum to it exactly, in a row of 8 with the others; keys (or values) have -1 in
-// the columns of the one that is wanted, and 0 in the other's. Both operands lie without swizzle, 8 rows of 16
-// bytes together.
+// Each number is three bf16 that sum to it exactly, in a row of 8 with the others; keys (or values) have -1
+// in the columns of the one that is wanted, and 0 in the other's. Both operands lie without swizzle, 8 rows
+// of 16 bytes together.
 #pragma once
 
 #include "kernels/cube_grid.h"

@@ -2,9 +2,9 @@
 // that the same consumers chose.
 //
 // A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members by
-// search in the other lists. Pairs that several consumers chose come first, then those of one alone, in turns,
-// so that no consumer waits long for its next. A block without a partner waits for the next entries; at the
-// end it goes to each of its lists alone, which pairs what it got.
+// search in the other lists. Pairs that several consumers chose come first, then those of one alone, in
+// turns, so that no consumer waits long for its next. A block without a partner waits for the next entries;
+// at the end it goes to each of its lists alone, which pairs what it got.
 #pragma once
 
 #include "kernels/block_window.cuh"
@@ -41,7 +41,7 @@ struct PairScheduler {
   static constexpr uint32_t kSets = 1u << kLists;
 
   const StageWriter& writer;
-  int stages = 0;        // written
+  int stages = 0;           // written
   int waiting[kSets] = {};  // the block without a partner of each set
   uint32_t waits = 0;       // a bit for each set that has one
 

@@ -14,7 +14,7 @@ struct Stage {
 };
 constexpr int kStageBlockBits = 25;
 constexpr int kMostMembers = 4;
-constexpr uint32_t kStagePadded = 1u << 30;   // no second block: the first one again, which counts for nothing
+constexpr uint32_t kStagePadded = 1u << 30;  // no second block: the first one again, which counts for nothing
 constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no token
 
 // The stages of all tasks. With `offsets`, task by task along the compressed rows of its lists (the list of

@@ -1,6 +1,6 @@
-// A ring of tiles between a producer warp and the consumer warpgroups of a fine kernel, filled in the order of
-// their schedule. A kernel has two, which its consumers go through side by side. Stages are numbered from the
-// kernel's start: their "position".
+// A ring of tiles between a producer warp and the consumer warpgroups of a fine kernel, filled in the order
+// of their schedule. A kernel has two, which its consumers go through side by side. Stages are numbered from
+// the kernel's start: their "position".
 //
 // Barriers. full, of position % 64: one arrival by the producer and the bytes of its loads. empty, of a tile:
 // an arrival by each warp of each consumer, once nothing of it reads the tile any more; the producer itself
@@ -14,10 +14,11 @@
 //   before the consumer has released that stage.
 // - The first ring's is never a phase behind. Of the stage attended before, at most 32 back, the consumer has
 //   seen that it was full; so all that lie kStages further back had been emptied, hence filled.
-// - Nor is the second ring's, whose tile of a stage is awaited after the first ring's of that stage: the first
-//   ring is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile before
-//   it released the first tile of any stage that it attended 32 + kStages later or after that (what it leaves
-//   pending it finishes before that is kStages stages old); so that second tile had been filled.
+// - Nor is the second ring's, whose tile of a stage is awaited after the first ring's of that stage: the
+// first
+//   ring is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile
+//   before it released the first tile of any stage that it attended 32 + kStages later or after that (what it
+//   leaves pending it finishes before that is kStages stages old); so that second tile had been filled.
 #pragma once
 
 #include "kernels/stage_run.cuh"
@@ -149,15 +150,15 @@ VSA_DEVICE void load_blocks(Tile& tile, const CUtensorMap& map, const CubeCoordi
 // A stage that a consumer is a member of.
 struct StageAt {
   uint32_t position;
-  int index;  // in its task
+  int index;            // in its task
   bool shared, marked;  // shared: all consumers are members
   bool last;            // the consumer is a member of none after this, as far as it can tell
 };
 
-// A consumer's way through the stages of one task: self.step(StageAt) for each that it is a member of, `marked`
-// as mark(Stage) says, and self.visit(position) for others that it attends. `window` is run.load(lane);
-// `position` that of the task's first stage, then of the next task's. By vote: the compiler then knows that the
-// warp stays whole. Whether there was a last one.
+// A consumer's way through the stages of one task: self.step(StageAt) for each that it is a member of,
+// `marked` as mark(Stage) says, and self.visit(position) for others that it attends. `window` is
+// run.load(lane); `position` that of the task's first stage, then of the next task's. By vote: the compiler
+// then knows that the warp stays whole. Whether there was a last one.
 template <int kConsumers, int kBlocks, class Consumer, class Mark>
 VSA_DEVICE bool walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage window, uint32_t& position,
                             Mark mark) {

@@ -9,10 +9,11 @@ struct FineBackwardArguments {
   TokenTensor query, key, value, grad_out;
   TokenTensor grad_query, grad_key, grad_value;
   CubeGrid q_grid, kv_grid;
-  Schedule kv_schedule{}, q_schedule{};  // made for either pass
+  Schedule kv_schedule{}, q_schedule{};         // made for either pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks]
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
-  uint64_t row_terms = 0;  // 16 bytes [batch, heads, num_q_blocks, 64]: the query pass writes, the key pass reads
+  uint64_t row_terms =
+      0;  // 16 bytes [batch, heads, num_q_blocks, 64]: the query pass writes, the key pass reads
   // [batch, heads, cubes, head_dim] packed, the query's type
   uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;
   CubeGrid pooled_q_grid, pooled_kv_grid;  // their cubes; of q_grid's and kv_grid's tokens

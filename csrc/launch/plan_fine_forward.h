@@ -13,8 +13,8 @@ struct FineForwardArguments {
   TokenTensor out_fine;  // any where it is not stored
   bool store_out_fine = false;
   CubeGrid q_grid, kv_grid;
-  CubeGrid coarse_grid;  // of q_grid's tokens
-  Schedule schedule{};  // made for this pass
+  CubeGrid coarse_grid;                         // of q_grid's tokens
+  Schedule schedule{};                          // made for this pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks], 0: all of each cube
   uint64_t lse = 0;                             // fp32 [batch, heads, num_q_blocks, 64]
   uint64_t coarse = 0;                          // [batch, heads, coarse cubes, head_dim] packed, or 0

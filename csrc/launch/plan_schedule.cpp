@@ -78,7 +78,7 @@ Schedule make_schedule(const ScheduleArguments& arguments) {
   auto [consumers, stage_blocks] = grouping(arguments);
   Schedule schedule{};
   schedule.stages = pointer<Stage>(arguments.stages);
-  schedule.counts = pointer<int32_t>(arguments.counts);
+  schedule.counts = pointer<int32_t>(arguments.stage_counts);
   schedule.offsets = arguments.compressed.offsets;
   schedule.task_stages = most_stages(consumers, arguments.max_blocks, stage_blocks);
   schedule.head_stages = arguments.compressed.offsets ? head_stages(arguments) : 0;
@@ -91,12 +91,12 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
                  "kv_indices, q_offsets: got both or neither, expected one of the two");
   check_argument(!arguments.compressed.offsets == !arguments.compressed.entries,
                  "q_offsets, q_indices: got one of the two, expected both");
-  check_argument(!arguments.compressed.offsets || consumers == 2,
-                 "q_offsets: got compressed lists for ", consumers, " consumers, expected 2");
+  check_argument(!arguments.compressed.offsets || consumers == 2, "q_offsets: got compressed lists for ",
+                 consumers, " consumers, expected 2");
   check_argument(arguments.compressed.entries_per_head <= std::numeric_limits<int32_t>::max(),
                  "q_indices: got ", arguments.compressed.entries_per_head,
                  " entries a head, expected at most 2^31 - 1");
-  check_argument(arguments.stages != 0 && arguments.counts != 0,
+  check_argument(arguments.stages != 0 && arguments.stage_counts != 0,
                  "stages, counts: got a null pointer, expected device memory");
 
   ScheduleParams params{};

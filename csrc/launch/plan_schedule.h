@@ -23,12 +23,13 @@ FinePass fine_pass(const std::string& name);
 struct ScheduleArguments {
   FinePass pass = FinePass::kForward;
   int64_t batch = 0, heads = 0, head_dim = 0;
-  CubeGrid grid, listed_grid;   // of the blocks that have lists, and of those that lists name
-  uint64_t block_sizes = 0;     // int32 [blocks of listed_grid], or 0
-  BlockLists lists;             // absent with compressed lists
-  int64_t max_blocks = 0;       // of one list
+  CubeGrid grid, listed_grid;    // of the blocks that have lists, and of those that lists name
+  uint64_t block_sizes = 0;      // int32 [blocks of listed_grid], or 0
+  BlockLists lists;              // absent with compressed lists
+  int64_t max_blocks = 0;        // of one list
   CompressedLists compressed{};  // of the key side
-  uint64_t stages = 0, counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks + 1]
+  uint64_t stages = 0,
+           stage_counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks + 1]
 };
 
 int64_t num_stages(const ScheduleArguments& arguments);

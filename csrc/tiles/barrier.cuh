@@ -26,16 +26,6 @@ struct Barrier {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &state, bytes);
   }
 
-  // The current phase waits for `bytes` more; the caller, or somebody later, still arrives.
-  VSA_DEVICE void expect(uint32_t bytes) {
-    ptx::mbarrier_expect_tx(ptx::sem_relaxed, ptx::scope_cta, ptx::space_shared, &state, bytes);
-  }
-
-  // Whether wait(parity) would return at once.
-  VSA_DEVICE bool test(uint32_t parity) {
-    return ptx::mbarrier_test_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);
-  }
-
   // May suspend the thread for a while; whether the phase has ended.
   VSA_DEVICE bool try_wait(uint32_t parity) {
     return ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cta, &state, parity);

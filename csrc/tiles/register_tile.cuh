@@ -90,8 +90,8 @@ VSA_DEVICE void mul_row(FloatTile<kCols>& tile, const RowVector& factor) {
   for (int i = 0; i < tile.kRegisters; i++) tile.data[i] *= factor.data[(i / 2) % 2];
 }
 
-// Bit c of masks[b] says whether column 64 b + c counts; elsewhere the tile becomes `value`. Masks are the same in
-// the whole warp.
+// Bit c of masks[b] says whether column 64 b + c counts; elsewhere the tile becomes `value`. Masks are the
+// same in the whole warp.
 template <int kCols>
 VSA_DEVICE void fill_masked(FloatTile<kCols>& tile, const uint64_t (&masks)[kCols / 64], float value) {
 #pragma unroll
@@ -137,8 +137,8 @@ VSA_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// 16 rows by 16 columns as a matrix operand (ldmatrix); `chunk` is 8 columns of row l % 16 in lane l, the first
-// ones in lanes 0 to 15, the last ones in lanes 16 to 31.
+// 16 rows by 16 columns as a matrix operand (ldmatrix); `chunk` is 8 columns of row l % 16 in lane l, the
+// first ones in lanes 0 to 15, the last ones in lanes 16 to 31.
 VSA_DEVICE void load_fragment(uint32_t* result, const void* chunk) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])

@@ -35,8 +35,8 @@ VSA_DEVICE void mma_wait(Tiles&... tiles) {
   (pin(tiles), ...);
 }
 
-// Keeps what made `bits` above a later mma_wait: ptxas would move the wait up, over arithmetic that is meant to
-// run beside the products, but moves none over a store. The store is for bits == `never`.
+// Keeps what made `bits` above a later mma_wait: ptxas would move the wait up, over arithmetic that is meant
+// to run beside the products, but moves none over a store. The store is for bits == `never`.
 VSA_DEVICE void keep_above_wait(uint32_t bits, uint32_t never) {
   asm volatile(
       "{\n"
@@ -167,8 +167,8 @@ VSA_DEVICE uint64_t descriptor(const void* start, uint32_t leading_bytes) {
          (kStrideBytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// The same without swizzle, the summed dimension contiguous: 8 rows of 16 bytes lie together, `leading_bytes` from
-// one such core to the next 8 columns, `stride_bytes` to the next 8 rows.
+// The same without swizzle, the summed dimension contiguous: 8 rows of 16 bytes lie together, `leading_bytes`
+// from one such core to the next 8 columns, `stride_bytes` to the next 8 rows.
 VSA_DEVICE uint64_t plain_descriptor(const void* start, uint32_t leading_bytes, uint32_t stride_bytes) {
   return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4) << 16 |
          uint64_t(stride_bytes >> 4) << 32;
