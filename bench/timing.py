@@ -1,5 +1,10 @@
-"""Interleaved timing: every backend once a round, so that clocks and temperature are the same for all."""
+"""Interleaved timing: every backend in turn, round after round, so that the card is as warm for all.
 
+Each runs for a while before it is timed: clocks follow the power that is drawn, over tens of milliseconds,
+and a short kernel after a long one would be timed at the long one's clocks.
+"""
+
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -7,8 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-FEWEST, MOST = 5, 100  # rounds
+FEWEST, MOST = 3, 100  # rounds
 _WARMUP = 2
+_SETTLE_MS = 60.0  # of running before a backend's timed calls of a round
+_TIMED_MS = 20.0  # of these at least
 
 
 @dataclass
@@ -48,9 +55,9 @@ def interleave(
     """Times calls that are correct and have run before.
 
     On a GPU each call becomes a CUDA graph where it can be captured ("graph"), else it is launched as usual
-    ("events"); both lie between two events. Before each timed call "warm" runs it untimed and "cold" writes
-    twice the size of L2; either also keeps the GPU busy while the timed launch is on its way. On a CPU the
-    clock is read ("clock") and l2 means nothing.
+    ("events"); both lie between two events. "warm": timed calls follow others of the same. "cold": twice
+    the size of L2 is written before each. Either also keeps the GPU busy while the timed launch is on its
+    way. On a CPU the clock is read ("clock") and l2 means nothing.
 
     Args:
         calls: by name; on a GPU they run on the current stream, which must not be the default one for graphs.
@@ -58,30 +65,38 @@ def interleave(
     """
     if device.type != "cuda":
         return _on_cpu(calls, budget_s)
-    runs, timings = {}, {}
+    runs, timings, times = {}, {}, {}
     for name, call in calls.items():
         for _ in range(_WARMUP):
             call()
         runs[name], timings[name] = _captured(call, l2) if graphs else (call, Timing("events", l2))
+        times[name] = max(_elapsed_ms([_timed(runs[name])])[0], 1e-3)
     flush = _larger_than_l2(device) if l2 == "cold" else None
     began, rounds = time.perf_counter(), 0
     while rounds < FEWEST or (rounds < MOST and time.perf_counter() - began < budget_s):
-        events = {}
         for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if flush is None:
+            for _ in range(math.ceil(_SETTLE_MS / times[name])):
                 run()
-            else:
-                flush.zero_()
-            begin.record()
-            run()
-            end.record()
-            events[name] = begin, end
-        torch.cuda.synchronize(device)
-        for name, (begin, end) in events.items():
-            timings[name].samples.append(begin.elapsed_time(end))
+            events = [_timed(run, flush) for _ in range(math.ceil(_TIMED_MS / times[name]))]
+            timings[name].samples += _elapsed_ms(events)
         rounds += 1
     return timings
+
+
+def _timed(run: Callable[[], object], flush: torch.Tensor | None = None) -> tuple:
+    """Events before and after a call that is only launched."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    return begin, end
+
+
+def _elapsed_ms(events: list[tuple]) -> list[float]:
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def _larger_than_l2(device: torch.device) -> torch.Tensor:

@@ -67,7 +67,7 @@ def pool(query, key, value, video_shape, cube):
 
 
 def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), compressed=(None, None)):
-    """The stages in which a fine kernel works through its block lists: a _C.Schedule and the tensors it lies in.
+    """The stages in which a fine kernel works through its lists: a _C.Schedule and the tensors it lies in.
 
     The blocks of `grid` have lists of blocks of `listed_grid`, as counts [B, H, N], entries [B, H, N, max] or
     compressed as transpose_index gives them; with neither, all blocks.
