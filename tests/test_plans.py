@@ -271,8 +271,15 @@ def test_heads_too_far_apart_in_a_batch():
 
 def test_more_ctas_than_a_grid_holds():
     tensor = contiguous(batch=1 << 16, tokens=1 << 14, heads=1 << 10, head_dim=64)
-    with pytest.raises(ValueError, match="pool: got a problem of .* CTAs, expected at most 2\\^31 - 1"):
+    with pytest.raises(ValueError, match="pool: got a problem of .* CTAs, expected 1 to 2\\^31 - 1"):
         plan_pool([tensor] * 3, (16, 32, 32))
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"heads": 0}])
+def test_an_empty_tensor_has_no_grid(sizes):
+    tensor = contiguous(**{"batch": 1, "heads": 2, "tokens": 60, **sizes})
+    with pytest.raises(ValueError, match="got a problem of 0 CTAs, expected 1 to"):
+        plan_pool([tensor] * 3, (3, 4, 5))
 
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])

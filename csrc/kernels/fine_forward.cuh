@@ -215,7 +215,6 @@ struct FineForwardConsumer {
     mma_wait<kPending ? 1 : 0>(scores);
     if (at.marked) fill_masked(scores, shared.keys.extra(at.position).blocks, -INFINITY);
     shared.keys.release(at.position);
-    if (at.last) release_query();
     pin(scores);  // first
 
     RowVector sums, factor;
@@ -232,6 +231,7 @@ struct FineForwardConsumer {
         mul_row(out, factor);
       }
     }
+    if (at.last) release_query();
     convert(probabilities, scores);
     softmax.add(sums);
   }

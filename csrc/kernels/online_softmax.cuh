@@ -25,7 +25,8 @@ class OnlineSoftmax {
     row_max(maximum, scores);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      raise(half, fmaxf(maximum.data[half] * scale_, reference_.data[half]), factor);
+      float highest = std::isnan(maximum.data[half]) ? 0.0f : maximum.data[half] * scale_;
+      raise(half, fmaxf(highest, reference_.data[half]), factor);
     }
   }
 
@@ -51,12 +52,13 @@ class OnlineSoftmax {
     keep_above_wait(__float_as_uint(sums.data[0] + sums.data[1]), 0xffffffffu);
   }
 
-  // Whether the reference is too low for a tile of these sums; for the whole warp alike. NaN counts as well.
+  // Whether the reference is too low for a tile of these sums; for the whole warp alike. A row of NaN, say of
+  // a pad, stays so whatever its reference: it costs the rows beside it nothing.
   template <class T>
   VSA_DEVICE bool exceeded(const RowVector& sums) const {
-    bool fits = sums.data[0] <= kMostSum<T> && sums.data[1] <= kMostSum<T> &&
-                reference_.data[0] > -INFINITY && reference_.data[1] > -INFINITY;
-    return !__all_sync(0xffffffffu, fits);
+    bool low = sums.data[0] > kMostSum<T> || sums.data[1] > kMostSum<T> || reference_.data[0] == -INFINITY ||
+               reference_.data[1] == -INFINITY;
+    return __any_sync(0xffffffffu, low);
   }
 
   VSA_DEVICE void add(const RowVector& sums) {

@@ -20,6 +20,8 @@ struct StageWriter {
 
   VSA_DEVICE void put(int stage, int half, int block, uint32_t members, uint32_t flags = 0) const {
     const CubeGrid& grid = params.listed_grid;
+    // Whatever a list says, nobody reads elsewhere.
+    block = min(uint32_t(block), uint32_t(grid.num_cubes() - 1));
     if (params.block_sizes && __ldg(params.block_sizes + block) < kCubeTokens) flags |= kStagePartial;
     if (!grid.is_full(grid.origin(block))) flags |= kStagePartial;
     Stage& place = params.schedule.stages[places.index(stage)];

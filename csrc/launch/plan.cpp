@@ -151,8 +151,8 @@ std::string kernel_name(const char* stem, int64_t head_dim, ElementType type) {
 }
 
 uint32_t checked_grid(int64_t ctas, const char* kernel) {
-  check_argument(ctas <= kMaxCoordinate, kernel, ": got a problem of ", ctas,
-                 " CTAs, expected at most 2^31 - 1");
+  check_argument(ctas > 0 && ctas <= kMaxCoordinate, kernel, ": got a problem of ", ctas,
+                 " CTAs, expected 1 to 2^31 - 1; an empty tensor has nothing to compute");
   return uint32_t(ctas);
 }
 

@@ -34,7 +34,7 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   params.scale = float(arguments.scale);
   params.scale_log2 = float(arguments.scale * kLog2OfE);
   check_argument(std::isfinite(params.scale_log2) && params.scale > 0, "scale: got ", arguments.scale,
-                 ", expected a finite number above 0");
+                 ", expected a finite number above 0 in float32");
   params.heads = int32_t(query.heads);
   return params;
 }

@@ -26,8 +26,6 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   check_same_heads(arguments.value, query, "value");
   check_same_heads(arguments.out, query, "out");
   check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
-  check_argument(std::isfinite(arguments.scale) && arguments.scale > 0, "scale: got ", arguments.scale,
-                 ", expected a finite number above 0");
 
   LaunchPlan plan;
   plan.kernel = kernel_name("fine_forward", query.head_dim, query.type);
@@ -65,6 +63,8 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.combine = params.coarse || gate.values || gate.scalar || gate.factor != 1.0f;
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = float(arguments.scale * kLog2E);
+  check_argument(std::isfinite(params.scale_log2) && params.scale_log2 > 0, "scale: got ", arguments.scale,
+                 ", expected a finite number above 0 in float32");
   params.heads = int32_t(query.heads);
   int head_dim = int(query.head_dim);
   params.groups = int32_t(ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim)));
