@@ -6,27 +6,15 @@ import pytest
 import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
+from fine_stage import check_fine_backward, grid_arguments, run_on_gpu
 from inputs import random_index
 from simulated import run_simulated, simulated_device
-from tolerance import assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
 
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
 )
-
-
-def on_gpu(x):
-    """A copy with the same strides and pads."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def run_on_gpu(function, *arguments, seed=0):
-    return tuple(x.cpu() for x in function(*map(on_gpu, arguments)))
 
 
 @pytest.fixture(
@@ -92,10 +80,6 @@ def gate_of(kind, shape, dtype):
     if kind == "strided":  # columns two apart
         return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     return torch.tensor(0.75) if kind == "scalar" else None
-
-
-def grid_arguments(grid):
-    return () if grid is None else (grid.video_shape, grid.cube)
 
 
 def check_combine_backward(
@@ -188,61 +172,6 @@ def test_combine_backward_under_adversarial_schedules(head_dim, dtype, schedule,
 
 
 # Fine stage.
-
-
-def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
-    """dq, dk, dv by the kernels, as autograd calls them; out and lse as a forward gives them.
-
-    With coarse_grid without lists, and pooled gradients by its cubes.
-    """
-    _, delta, *_ = run(
-        _kernels.combine_backward, grad_out, out, grad_lse, None, None, None, 1.0, 0.0, case.q_block_sizes,
-        case.q_shape, case.cube,
-    )  # fmt: skip
-    index = (None,) * 4
-    if coarse_grid is None:
-        lists = case.kv_num_blocks, case.kv_indices
-        index = *lists, *run(_kernels.transpose_index, *lists, case.kv_grid.num_cubes)
-    return run(
-        _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, *index,
-        case.block_sizes, case.q_block_sizes, *pooled, case.q_shape, case.kv_shape, case.cube, case.kv_cube,
-        case.scale, True, *grid_arguments(coarse_grid),
-    )  # fmt: skip
-
-
-def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None), pooled_grids=None):
-    out, lse = case.reference()
-    doubles = [None if x is None else x.double() for x in (grad_out, grad_lse)]
-    _, delta, *_ = reference.combine_backward(
-        doubles[0], out, doubles[1], None, case.q_grid, None, None, case.q_block_sizes
-    )
-    return out, lse, reference.fine_backward(
-        doubles[0], case.query.double(), case.key.double(), case.value.double(), lse, delta,
-        case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid, case.scale, case.block_sizes,
-        case.q_block_sizes, *pooled, pooled_grids,
-    )  # fmt: skip
-
-
-def new_gradient(case):
-    """Like a gradient of out; NaN in the pads of ragged blocks."""
-    grad_out = case.randn(*case.query.shape).to(case.dtype)
-    if case.ragged:
-        grad_out[:, ~case._real(case.q_grid, case.q_block_sizes)] = torch.nan
-    return grad_out
-
-
-def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
-    grad_out = new_gradient(case)
-    grids = None if coarse_grid is None else (coarse_grid, coarse_grid)
-    out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled, grids)
-    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled, coarse_grid)
-    baseline = half_precision_baseline(
-        case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
-        case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled, grids,
-    )  # fmt: skip
-    for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
-        assert_within_tolerance(*versions, name)
-    return gradients
 
 
 @pytest.mark.parametrize("case", EDGE_CASES, ids=str)
