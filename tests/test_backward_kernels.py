@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
-from fine_stage import check_fine_backward, grid_arguments, run_on_gpu
+from fine_stage import (
+    backward,
+    check_fine_backward,
+    exact_backward,
+    grid_arguments,
+    new_gradient,
+    run_on_gpu,
+)
 from inputs import random_index
 from simulated import run_simulated, simulated_device
 from vsa_cuda import _extension, _kernels, reference
@@ -260,6 +267,53 @@ def test_lists_far_apart_do_not_deadlock(head_dim, run, seed):
         case.kv_indices[0, 0, query, :2] = torch.tensor([0, 15])
         case.kv_num_blocks[0, 0, query] = 2
     check_fine_backward(run, case)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_query_pass_leaves_the_rows_terms(dtype, seed):
+    """LSE / scale and delta in three bf16 each, exactly; for LSE = +inf a large number, NaN for NaN."""
+    case = Case((5, 6, 7), heads=2, batch=2, dtype=dtype, scale=0.3, topk=2, seed=seed)
+    rows = (2, 2, case.q_grid.num_cubes, 64)
+    lse, delta = (case.randn(*rows) * 10 ** (20 * case.randn(*rows).clamp(-1, 1)) for _ in range(2))
+    lse.view(-1)[:6] = torch.tensor([torch.inf, 3e38, 2e38, torch.nan, 0.0, -3e37])
+    delta.view(-1)[:4] = torch.tensor([0.0, torch.nan, 3e38, -1e-20])
+    index = case.kv_num_blocks, case.kv_indices
+    index += reference.transpose_index(*index, case.kv_grid.num_cubes)
+    arguments = new_gradient(case), case.query, case.key, case.value, lse, delta, *index
+    with simulated_device(*arguments, seed=seed) as device:
+        _kernels.fine_backward(
+            *arguments, *(None,) * 5, case.q_shape, case.kv_shape, case.cube, case.kv_cube, case.scale, True
+        )
+    (terms,) = (x for x in device.allocated if x.dtype == torch.bfloat16 and x.shape[-1] == 8)
+    assert terms.shape == (*rows, 8)
+    assert not terms[..., 3].any() and not terms[..., 7].any()
+    sums = terms.double().unflatten(-1, (2, 4)).sum(dim=-1)
+    exact = torch.stack([lse / torch.tensor(case.scale), delta], dim=-1).double()
+    large = torch.stack([exact[..., 0] > 3e38, torch.zeros_like(delta).bool()], dim=-1)
+    assert large.sum() >= 2 and sums[large].min() > 1e38 and sums[large].isfinite().all()
+    assert torch.equal(sums.isnan(), exact.isnan()) and exact.isnan().sum() == 2
+    others = ~large & ~exact.isnan()
+    assert torch.equal(sums[others], exact[others])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nan_lse_spoils_what_its_row_takes_part_in(head_dim, run, seed):
+    """And nothing else."""
+    case = Case((1, 1, 64 * 7), LINEAR, head_dim=head_dim, topk=2, seed=seed)
+    grad_out = new_gradient(case)
+    out, lse, _ = exact_backward(case, grad_out)
+    out, lse = out.to(case.dtype), lse.float()
+    clean = backward(run, case, grad_out, out, lse)
+    lse[0, 0, 2, 17] = torch.nan
+    spoiled = torch.zeros(64 * 7, dtype=torch.bool)
+    spoiled[64 * 2 + 17] = True
+    keys = torch.isin(case.kv_grid.cube_of_token(), case.kv_indices[0, 0, 2])
+    for x, before, rows in zip(
+        backward(run, case, grad_out, out, lse), clean, (spoiled, keys, keys), strict=True
+    ):
+        assert x[:, rows].isnan().all()
+        assert torch.equal(x[:, ~rows], before[:, ~rows])
 
 
 @pytest.mark.simulator
