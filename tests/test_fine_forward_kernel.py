@@ -118,6 +118,30 @@ def test_scores_that_climb_from_block_to_block(head_dim, dtype, jump, seed):
     check_forward(case, out, lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("shape", "cube"), [((9, 3, 10), (4, 4, 4)), ((5, 6, 9), (8, 2, 4)), ((1, 1, 64 * 9), LINEAR)]
+)
+def test_scores_that_climb_past_pads(shape, cube, head_dim, dtype, seed):
+    """Of both blocks of a stage, or only its first or second: by more than exponentials of fp32 hold.
+
+    All are far below 0, what a slot without a token would score. The last of nine blocks has no partner.
+    """
+    case = Case(
+        shape, cube, heads=3, head_dim=head_dim, dtype=dtype, layout="packed", lists="dense",
+        ragged=cube == LINEAR, seed=seed,
+    )  # fmt: skip
+    block = torch.arange(9)
+    stage = block // 2
+    climbs = torch.stack([block >= 0, block % 2 == 0, block % 2 == 1])  # a head each
+    nats = 100.0 * (stage * climbs - 5)
+    case.query[..., 0] = 16
+    case.key[..., 0] = (nats * head_dim**0.5 / 16).to(dtype)[:, case.kv_grid.cube_of_token()].T
+    out, _, lse = forward(case, seed)
+    check_forward(case, out, lse)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
 @pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])
