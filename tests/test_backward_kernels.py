@@ -6,27 +6,22 @@ import pytest
 import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
+from fine_stage import (
+    backward,
+    check_fine_backward,
+    exact_backward,
+    grid_arguments,
+    new_gradient,
+    run_on_gpu,
+)
 from inputs import random_index
 from simulated import run_simulated, simulated_device
-from tolerance import assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid
 
 pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
 )
-
-
-def on_gpu(x):
-    """A copy with the same strides and pads."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def run_on_gpu(function, *arguments, seed=0):
-    return tuple(x.cpu() for x in function(*map(on_gpu, arguments)))
 
 
 @pytest.fixture(
@@ -92,10 +87,6 @@ def gate_of(kind, shape, dtype):
     if kind == "strided":  # columns two apart
         return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     return torch.tensor(0.75) if kind == "scalar" else None
-
-
-def grid_arguments(grid):
-    return () if grid is None else (grid.video_shape, grid.cube)
 
 
 def check_combine_backward(
@@ -190,61 +181,6 @@ def test_combine_backward_under_adversarial_schedules(head_dim, dtype, schedule,
 # Fine stage.
 
 
-def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
-    """dq, dk, dv by the kernels, as autograd calls them; out and lse as a forward gives them.
-
-    With coarse_grid without lists, and pooled gradients by its cubes.
-    """
-    _, delta, *_ = run(
-        _kernels.combine_backward, grad_out, out, grad_lse, None, None, None, 1.0, 0.0, case.q_block_sizes,
-        case.q_shape, case.cube,
-    )  # fmt: skip
-    index = (None,) * 4
-    if coarse_grid is None:
-        lists = case.kv_num_blocks, case.kv_indices
-        index = *lists, *run(_kernels.transpose_index, *lists, case.kv_grid.num_cubes)
-    return run(
-        _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, *index,
-        case.block_sizes, case.q_block_sizes, *pooled, case.q_shape, case.kv_shape, case.cube, case.kv_cube,
-        case.scale, True, *grid_arguments(coarse_grid),
-    )  # fmt: skip
-
-
-def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None), pooled_grids=None):
-    out, lse = case.reference()
-    doubles = [None if x is None else x.double() for x in (grad_out, grad_lse)]
-    _, delta, *_ = reference.combine_backward(
-        doubles[0], out, doubles[1], None, case.q_grid, None, None, case.q_block_sizes
-    )
-    return out, lse, reference.fine_backward(
-        doubles[0], case.query.double(), case.key.double(), case.value.double(), lse, delta,
-        case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid, case.scale, case.block_sizes,
-        case.q_block_sizes, *pooled, pooled_grids,
-    )  # fmt: skip
-
-
-def new_gradient(case):
-    """Like a gradient of out; NaN in the pads of ragged blocks."""
-    grad_out = case.randn(*case.query.shape).to(case.dtype)
-    if case.ragged:
-        grad_out[:, ~case._real(case.q_grid, case.q_block_sizes)] = torch.nan
-    return grad_out
-
-
-def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
-    grad_out = new_gradient(case)
-    grids = None if coarse_grid is None else (coarse_grid, coarse_grid)
-    out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled, grids)
-    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled, coarse_grid)
-    baseline = half_precision_baseline(
-        case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
-        case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled, grids,
-    )  # fmt: skip
-    for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
-        assert_within_tolerance(*versions, name)
-    return gradients
-
-
 @pytest.mark.parametrize("case", EDGE_CASES, ids=str)
 def test_fine_backward_equals_reference(case, run):
     check_fine_backward(run, case)
@@ -331,6 +267,53 @@ def test_lists_far_apart_do_not_deadlock(head_dim, run, seed):
         case.kv_indices[0, 0, query, :2] = torch.tensor([0, 15])
         case.kv_num_blocks[0, 0, query] = 2
     check_fine_backward(run, case)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_query_pass_leaves_the_rows_terms(dtype, seed):
+    """LSE / scale and delta in three bf16 each, exactly; for LSE = +inf a large number, NaN for NaN."""
+    case = Case((5, 6, 7), heads=2, batch=2, dtype=dtype, scale=0.3, topk=2, seed=seed)
+    rows = (2, 2, case.q_grid.num_cubes, 64)
+    lse, delta = (case.randn(*rows) * 10 ** (20 * case.randn(*rows).clamp(-1, 1)) for _ in range(2))
+    lse.view(-1)[:6] = torch.tensor([torch.inf, 3e38, 2e38, torch.nan, 0.0, -3e37])
+    delta.view(-1)[:4] = torch.tensor([0.0, torch.nan, 3e38, -1e-20])
+    index = case.kv_num_blocks, case.kv_indices
+    index += reference.transpose_index(*index, case.kv_grid.num_cubes)
+    arguments = new_gradient(case), case.query, case.key, case.value, lse, delta, *index
+    with simulated_device(*arguments, seed=seed) as device:
+        _kernels.fine_backward(
+            *arguments, *(None,) * 5, case.q_shape, case.kv_shape, case.cube, case.kv_cube, case.scale, True
+        )
+    (terms,) = (x for x in device.allocated if x.dtype == torch.bfloat16 and x.shape[-1] == 8)
+    assert terms.shape == (*rows, 8)
+    assert not terms[..., 3].any() and not terms[..., 7].any()
+    sums = terms.double().unflatten(-1, (2, 4)).sum(dim=-1)
+    exact = torch.stack([lse / torch.tensor(case.scale), delta], dim=-1).double()
+    large = torch.stack([exact[..., 0] > 3e38, torch.zeros_like(delta).bool()], dim=-1)
+    assert large.sum() >= 2 and sums[large].min() > 1e38 and sums[large].isfinite().all()
+    assert torch.equal(sums.isnan(), exact.isnan()) and exact.isnan().sum() == 2
+    others = ~large & ~exact.isnan()
+    assert torch.equal(sums[others], exact[others])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_nan_lse_spoils_what_its_row_takes_part_in(head_dim, run, seed):
+    """And nothing else."""
+    case = Case((1, 1, 64 * 7), LINEAR, head_dim=head_dim, topk=2, seed=seed)
+    grad_out = new_gradient(case)
+    out, lse, _ = exact_backward(case, grad_out)
+    out, lse = out.to(case.dtype), lse.float()
+    clean = backward(run, case, grad_out, out, lse)
+    lse[0, 0, 2, 17] = torch.nan
+    spoiled = torch.zeros(64 * 7, dtype=torch.bool)
+    spoiled[64 * 2 + 17] = True
+    keys = torch.isin(case.kv_grid.cube_of_token(), case.kv_indices[0, 0, 2])
+    for x, before, rows in zip(
+        backward(run, case, grad_out, out, lse), clean, (spoiled, keys, keys), strict=True
+    ):
+        assert x[:, rows].isnan().all()
+        assert torch.equal(x[:, ~rows], before[:, ~rows])
 
 
 @pytest.mark.simulator

@@ -1,0 +1,407 @@
+"""Schedules of the fine kernels, in the simulator and on a GPU, against the contract in schedule.h."""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fine_stage import on_gpu
+from simulated import simulated_device
+from vsa_cuda import _extension, _kernels, reference
+from vsa_cuda.geometry import CubeGrid, cubes_shape
+
+pytestmark = pytest.mark.skipif(
+    not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
+)
+
+BLOCK_BITS = 25
+PADDED, PARTIAL = 1 << 30, 1 << 31
+UNLISTED = 2**31 - 1  # what fills lists behind their ends, and new integers as tests see them
+KERNELS = {  # consumers of a CTA, blocks of a stage
+    ("fine_forward", 64): (3, 2),
+    ("fine_forward", 128): (2, 2),
+    ("fine_backward_q", 64): (2, 2),
+    ("fine_backward_q", 128): (2, 2),
+    ("fine_backward_kv", 64): (2, 2),
+    ("fine_backward_kv", 128): (2, 1),
+}
+LENGTHS = (0, 1, 31, 32, 33, 64, 65, 200)
+KINDS = ("random", "lengths", "overlap", "same", "disjoint", "all", "none", "one")
+over_kernels = pytest.mark.parametrize(("kernel", "head_dim"), KERNELS)
+
+
+def simulate_schedule(kernel, like, grids, sizes, lists, compressed, seed):
+    with simulated_device(sizes, *lists, *compressed, seed=seed):
+        _, made = _kernels._schedule(kernel, like, *grids, sizes, lists, compressed)
+    return made
+
+
+def schedule_on_gpu(kernel, like, grids, sizes, lists, compressed, seed):
+    lists, compressed = ([on_gpu(x) for x in pair] for pair in (lists, compressed))
+    _, made = _kernels._schedule(kernel, on_gpu(like), *grids, on_gpu(sizes), lists, compressed)
+    return [x.cpu() for x in made]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(simulate_schedule, marks=pytest.mark.simulator, id="simulator"),
+        pytest.param(schedule_on_gpu, marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def make(request, seed):
+    return functools.partial(request.param, seed=seed)
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def along_time(grid):
+    """Cube numbers, time running fastest."""
+    t, h, w = cubes_shape(grid.video_shape, grid.cube)
+    return torch.arange(t * h * w).view(t, h * w).T.flatten().tolist()
+
+
+@dataclass
+class Problem:
+    """What a schedule is made of; `rows` [batch][head][block] are the lists."""
+
+    kernel: str
+    head_dim: int
+    grid: CubeGrid
+    listed_grid: CubeGrid
+    rows: list
+    sizes: torch.Tensor | None = None
+    wide: int = 0  # entries that no list needs
+    one_head: bool = False  # whose lists all others share, by a stride of 0
+
+    @property
+    def heads(self):
+        return [head for entry in self.rows for head in entry]
+
+    def lists(self, rows, wide=0):
+        """kv_num_blocks, kv_indices; with strides of their own."""
+        rows = [entry[:1] for entry in rows] if self.one_head else rows
+        counts = [[[[len(x), -1] for x in head] for head in entry] for entry in rows]
+        counts = torch.tensor(counts, dtype=torch.int32)[..., 0]
+        longest = max(1, int(counts.max())) + wide
+        indices = torch.full((*counts.shape, longest + 3), UNLISTED, dtype=torch.int32)[..., :longest]
+        for b, entry in enumerate(rows):
+            for h, head in enumerate(entry):
+                for i, x in enumerate(head):
+                    indices[b, h, i, : len(x)] = torch.tensor(x)
+        heads = len(self.rows[0])
+        return counts.expand(-1, heads, -1), indices.expand(-1, heads, -1, -1)
+
+    def arguments(self):
+        """Lists for the query side; for the key side what transpose_index makes of its lists."""
+        if self.kernel != "fine_backward_kv":
+            return self.lists(self.rows, self.wide), (None, None)
+        listed = self.listed_grid.num_cubes
+        chosen = self.lists([[transposed(head, listed) for head in entry] for entry in self.rows], self.wide)
+        return (None, None), reference.transpose_index(*chosen, self.grid.num_cubes)
+
+    def made(self, make):
+        lists, compressed = self.arguments()
+        like = torch.empty(len(self.rows), 1, len(self.rows[0]), self.head_dim, dtype=torch.bfloat16)
+        grids = [_kernels._grid(grid.video_shape, grid.cube) for grid in (self.grid, self.listed_grid)]
+        stages, counts = make(self.kernel, like, grids, self.sizes, lists, compressed)
+        return stages, counts, self.places(*lists, *compressed)
+
+    def tasks(self):
+        """The lists of each task's blocks, and the head and the blocks."""
+        consumers, _ = KERNELS[self.kernel, self.head_dim]
+        order = along_time(self.grid)
+        for number, head in enumerate(self.heads):
+            for first in range(0, len(order), consumers):
+                blocks = order[first : first + consumers]
+                yield number, blocks, [head[block] for block in blocks]
+
+    def places(self, counts, indices, offsets, entries):
+        """Where stages of each task may lie: in a stretch of its own, or along the rows of its lists."""
+        consumers, size = KERNELS[self.kernel, self.head_dim]
+        if offsets is None:
+            length = consumers * ceil_div(indices.shape[3], size)
+            return [range(i * length, (i + 1) * length) for i, _ in enumerate(self.tasks())]
+        per_head = entries.shape[2] if size == 1 else (entries.shape[2] + self.grid.num_cubes) // 2 + 1
+        offsets = offsets.flatten(0, 1).tolist()
+
+        def begin(head, row):
+            return head * per_head + (offsets[head][row] if size == 1 else (offsets[head][row] + row) // 2)
+
+        places = []
+        for head, blocks, lists in self.tasks():
+            first, *second = ((begin(head, x), begin(head, x + 1)) for x in blocks)
+            used = first[0] + ceil_div(len(lists[0]), size)
+            assert used <= first[1]
+            places.append(
+                [*range(first[0], used if second else first[1]), *(x for y in second for x in range(*y))]
+            )
+        return places
+
+    def partial(self):
+        """Blocks with a slot that holds no token."""
+        tokens = self.listed_grid.cube_sizes().tolist()
+        sizes = [64] * len(tokens) if self.sizes is None else self.sizes.tolist()
+        return [min(pair) < 64 for pair in zip(tokens, sizes, strict=True)]
+
+
+def transposed(rows, listed):
+    """For each listed block those whose list has it."""
+    chosen = [[] for _ in range(listed)]
+    for number, row in enumerate(rows):
+        for block in row:
+            chosen[block].append(number)
+    return chosen
+
+
+def check(problem, stages, counts, places):
+    _, size = KERNELS[problem.kernel, problem.head_dim]
+    words, partial = stages.tolist(), problem.partial()
+    tasks = [lists for _, _, lists in problem.tasks()]
+    assert len(counts) == len(tasks) + 1
+    assert counts[-1] == 0, "fetch_tasks counts from here"
+    owners = Counter(place for task in places for place in task)
+    assert all(count == 1 and 0 <= place < len(words) for place, count in owners.items())
+    used = set()
+    for lists, count, at in zip(tasks, counts[:-1].tolist(), places, strict=True):
+        assert 0 <= count <= len(at)
+        used.update(at[:count])
+        check_task([[word % 2**32 for word in words[place]] for place in at[:count]], lists, partial, size)
+    for place in {*range(len(words))} - used:
+        assert words[place] == [UNLISTED] * 2, f"stage {place} belongs to no task, but was written"
+
+
+def check_task(stages, lists, partial, size):
+    """The stages of one task against the lists of its consumers."""
+    chose = Counter()  # block -> members
+    for consumer, row in enumerate(lists):
+        chose.update(dict.fromkeys(row, 1 << consumer))
+    pairs, attended, split = Counter(), Counter(), set()
+    for first, second in stages:
+        members = first >> BLOCK_BITS & 15
+        blocks = [word % (1 << BLOCK_BITS) for word in (first, second)]
+        alone = blocks[0] == blocks[1]
+        flags = [PARTIAL * partial[block] for block in blocks]
+        assert 0 < members < 1 << len(lists)
+        assert first == blocks[0] | members << BLOCK_BITS | flags[0]
+        assert second == blocks[1] | (PADDED | PARTIAL if alone else flags[1])
+        assert alone or size == 2
+        consumers = [i for i in range(len(lists)) if members >> i & 1]
+        attended.update(consumers)
+        for block in set(blocks):
+            pairs.update((i, block) for i in consumers)
+            if members != chose[block]:
+                assert len(consumers) == 1, "only what has no partner goes to its lists one by one"
+                split.add(block)
+    assert pairs == Counter((i, block) for i, row in enumerate(lists) for block in row)
+    assert attended == Counter({i: ceil_div(len(row), size) for i, row in enumerate(lists) if row})
+    sets = Counter(chose[block] for block in split)
+    assert all(count == 1 for count in sets.values()) and (size == 2 or not split)
+
+
+def random_rows(kind, grid, listed, g):
+    """Ascending lists of one head, by block."""
+
+    def number(limit):
+        return int(torch.randint(limit, (), generator=g))
+
+    def chosen(count, of=range(listed)):
+        return sorted(of[i] for i in torch.randperm(len(of), generator=g)[:count].tolist())
+
+    longest = min(listed, 200)
+    order = along_time(grid)
+    rows, same, shared = [[] for _ in order], chosen(longest), 0
+    for position, block in enumerate(order):
+        if kind == "random":
+            rows[block] = chosen(number(longest + 1))
+        elif kind == "lengths":
+            rows[block] = chosen(LENGTHS[number(len(LENGTHS))])
+        elif kind == "overlap":  # of six neighbours: from nothing to all
+            if position % 6 == 0:
+                same, shared = chosen(longest), number(longest + 1)
+            common = same[:: max(1, longest // max(1, shared))][:shared]
+            rest = sorted({*range(listed)} - {*common})
+            rows[block] = sorted(common + chosen(longest - len(common), rest))
+        elif kind == "same":
+            rows[block] = same
+        elif kind == "disjoint":
+            rows[block] = chosen(longest, range(position % 3, listed, 3))
+        elif kind == "all":
+            rows[block] = list(range(listed))
+    if kind == "one":
+        rows[number(len(rows))] = same
+    return rows
+
+
+GRIDS = [(9, 5, 6), (3, 9, 8), (13, 4, 3), (5, 6, 13), (1, 1, 1)]  # 3, 1, 4, 2 and 1 cubes along time
+LISTED = (14, 15, 58)  # 4 * 4 * 15 cubes, those at all far sides partial
+
+
+def new_problem(kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=False, one_head=False, wide=0):
+    g = torch.Generator().manual_seed(seed)
+    listed_grid = CubeGrid(LISTED)
+    listed = listed_grid.num_cubes
+    rows = [[random_rows(kind, grid, listed, g) for _ in range(heads)] for _ in range(batch)]
+    if one_head:
+        rows = [[entry[0]] * heads for entry in rows]
+    sizes = None
+    if ragged:
+        sizes = torch.randint(60, 65, (listed,), generator=g, dtype=torch.int32)
+        sizes[0] = 0
+    return Problem(kernel, head_dim, grid, listed_grid, rows, sizes, wide, one_head)
+
+
+@over_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_keeps_its_promises(kernel, head_dim, kind, make, seed):
+    index = KINDS.index(kind)
+    grid = CubeGrid(GRIDS[index % len(GRIDS)])
+    problem = new_problem(kernel, head_dim, kind, 100 * seed + index, grid, ragged=index % 2 == 0)
+    check(problem, *problem.made(make))
+
+
+@over_kernels
+@pytest.mark.parametrize("trial", range(4))
+def test_random_schedules(kernel, head_dim, trial, make, seed):
+    """Several heads; lists of one head for all of them; room for more entries than there are."""
+    g = torch.Generator().manual_seed(100 * seed + trial)
+    shape = tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (24, 10, 10))
+    problem = new_problem(
+        kernel, head_dim, KINDS[trial % 3], 100 * seed + 50 + trial, CubeGrid(shape), batch=2, heads=2,
+        ragged=trial == 0, one_head=trial == 1, wide=70 * (trial == 2),
+    )  # fmt: skip
+    check(problem, *problem.made(make))
+
+
+@over_kernels
+def test_order_of_stages(kernel, head_dim, make):
+    """What several chose ascends; what they chose alone comes in turns."""
+    consumers, size = KERNELS[kernel, head_dim]
+    blocks = 64
+    shared = [list(range(blocks))] * consumers
+    alone = [list(range(i, consumers * blocks, consumers)) for i in range(consumers)]
+    for rows in (shared, alone):
+        grid, listed_grid = CubeGrid((4 * consumers, 1, 1)), CubeGrid.linear(64 * consumers * blocks)
+        problem = Problem(kernel, head_dim, grid, listed_grid, [[rows]])
+        stages, counts, (places,) = problem.made(make)
+        words = [stages[place].tolist() for place in places[: counts[0]]]
+        firsts = [word[0] % (1 << BLOCK_BITS) for word in words]
+        members = [word[0] >> BLOCK_BITS & 15 for word in words]
+        if rows is shared:
+            assert firsts == list(range(0, blocks, size))
+        else:
+            assert members == [1 << i % consumers for i in range(consumers * blocks // size)]
+            for i in range(consumers):
+                assert firsts[i::consumers] == alone[i][::size]
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(20))
+@over_kernels
+def test_every_schedule_of_the_simulator_makes_the_same(kernel, head_dim, schedule, seed):
+    made = adversarial(kernel, head_dim, seed, 1000 * seed + schedule)
+    for x, first in zip(made, adversarial(kernel, head_dim, seed, 1000 * seed), strict=True):
+        assert torch.equal(x, first)
+
+
+@functools.cache
+def adversarial(kernel, head_dim, seed, schedule):
+    problem = new_problem(kernel, head_dim, "overlap", seed, CubeGrid((21, 3, 3)), heads=2)
+    stages, counts, places = problem.made(functools.partial(simulate_schedule, seed=schedule))
+    check(problem, stages, counts, places)
+    return stages, counts
+
+
+# Host plans.
+
+BASE = 1 << 20  # where the memory of these tests would lie; nothing is read
+
+
+def schedule_arguments(kernel="fine_forward", head_dim=128, like="lists", **changes):
+    """Lists ("lists") or compressed rows of 12 blocks that name 80, for 3 heads and a batch of 2."""
+    C = _extension.load()
+    nothing = C.StridedTensor(address=0, strides=[])
+    arguments = dict.fromkeys(
+        ("block_sizes", "max_blocks", "offsets", "compressed_entries", "entries_per_head"), 0
+    )
+    arguments |= {"kernel": kernel, "batch": 2, "heads": 3, "head_dim": head_dim, "counts": nothing}
+    arguments |= {"entries": nothing, "grid": C.CubeGrid(video_shape=(9, 7, 6), cube=(4, 4, 4))}
+    arguments["listed_grid"] = C.CubeGrid(video_shape=(1, 1, 64 * 80), cube=(1, 1, 64))
+    if like == "lists":
+        arguments["counts"] = C.StridedTensor(address=BASE, strides=[36, 12, 1])
+        arguments["entries"] = C.StridedTensor(address=BASE, strides=[36 * 33, 12 * 33, 33, 1])
+        arguments["max_blocks"] = 33
+    else:
+        arguments |= {"offsets": BASE, "compressed_entries": BASE, "entries_per_head": 101}
+    memory = {name: changes.pop(name, BASE) for name in ("stages", "stage_counts")}
+    arguments = C.ScheduleArguments(**(arguments | changes))
+    arguments.stages, arguments.stage_counts = memory["stages"], memory["stage_counts"]
+    return arguments
+
+
+@over_kernels
+@pytest.mark.parametrize("like", ["lists", "compressed"])
+def test_schedule_plans(kernel, head_dim, like):
+    """12 blocks of each of 6 heads."""
+    consumers, size = KERNELS[kernel, head_dim]
+    arguments = schedule_arguments(kernel, head_dim, like)
+    assert arguments.num_tasks == 12 // consumers * 6
+    if like == "lists":
+        assert arguments.num_stages == arguments.num_tasks * consumers * ceil_div(33, size)
+    else:
+        assert arguments.num_stages == 6 * (101 if size == 1 else (101 + 12) // 2 + 1)
+    if like == "compressed" and consumers == 3:
+        with pytest.raises(ValueError, match="q_offsets: got compressed lists for 3 consumers, expected 2"):
+            _extension.load().plan_schedule(arguments)
+        return
+    plan = _extension.load().plan_schedule(arguments)
+    assert plan.kernel == f"schedule_{'pairs' if size == 2 else 'singles'}_of_{consumers}"
+    assert plan.kernel in _extension.load().kernel_names()
+    assert plan.grid == (ceil_div(arguments.num_tasks, 4), 1, 1) and plan.block == (4 * 32, 1, 1)
+    assert not plan.maps and plan.shared_bytes == 0
+
+
+def test_schedule_plan_of_a_tail_group():
+    grid = _extension.load().CubeGrid(video_shape=(5, 4, 4 * 7), cube=(4, 4, 4))  # 14 cubes
+    assert schedule_arguments(head_dim=64, grid=grid).num_tasks == 5 * 6
+
+
+def strided(address=BASE, strides=(36, 12, 1)):
+    return _extension.load().StridedTensor(address=address, strides=list(strides))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offsets": BASE, "compressed_entries": BASE}, "kv_indices, q_offsets: got both or neither"),
+        ({"offsets": BASE}, "kv_indices, q_offsets: got both or neither"),
+        ({"entries": (0, ())}, "kv_indices, q_offsets: got both or neither"),
+        ({"compressed_entries": BASE}, "q_offsets, q_indices: got one of the two, expected both"),
+        ({"like": "compressed", "compressed_entries": 0}, "q_offsets, q_indices: got one of the two"),
+        (
+            {"like": "compressed", "entries_per_head": 1 << 31},
+            "q_indices: got 2147483648 entries a head, expected at most 2\\^31 - 1",
+        ),
+        ({"stages": 0}, "stages, counts: got a null pointer"),
+        ({"stage_counts": 0}, "stages, counts: got a null pointer"),
+        ({"kernel": "fine_backward"}, "got fine_backward, expected fine_forward, fine_backward_kv or"),
+        ({"counts": (0, ())}, "kv_num_blocks: got no tensor of 3 dimensions"),
+        ({"counts": (BASE, (12, 1))}, "kv_num_blocks: got no tensor of 3 dimensions"),
+        ({"entries": (BASE, (12, 1, 1))}, "kv_indices: got no tensor of 4 dimensions with the last one cont"),
+        ({"entries": (BASE, (99, 9, 9, 2))}, "kv_indices: got no tensor of 4 dimensions with the last one"),
+        ({"batch": 1 << 29}, "schedule: got a problem of .* expected at most 2\\^31 - 1"),
+    ],
+)
+def test_schedule_plan_errors(changes, message):
+    changes = {name: strided(*x) if isinstance(x, tuple) else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        _extension.load().plan_schedule(schedule_arguments(**changes))
+
+
+def test_schedule_of_all_blocks_needs_no_plan():
+    like = torch.empty(1, 1, 1, 64)
+    _, made = _kernels._schedule("fine_forward", like, None, None, None)
+    assert made == ()
