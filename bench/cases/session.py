@@ -91,6 +91,8 @@ CASES = [
     _op("million", "random", "fwd+bwd", ("vsa_cuda",)),
     _op("floor-d128", "dense", "fwd", _OURS_AND_DENSE),
     _around("floor-d128", "dense"),
+    _fine("floor-d64", "dense", "fwd", _OURS_AND_DENSE),
+    _fine("floor-d64", "dense", "bwd", _OURS_AND_DENSE),
     _block("wan-1.3b", "fwd"),
     _block("wan-1.3b", "fwd+bwd"),
     _block("wan-14b", "fwd"),
