@@ -103,8 +103,9 @@ class Problem:
         chosen = self.lists([[transposed(head, listed) for head in entry] for entry in self.rows], self.wide)
         return (None, None), reference.transpose_index(*chosen, self.grid.num_cubes)
 
-    def made(self, make):
-        lists, compressed = self.arguments()
+    def made(self, make, lists=None, compressed=None):
+        if lists is None:
+            lists, compressed = self.arguments()
         like = torch.empty(len(self.rows), 1, len(self.rows[0]), self.head_dim, dtype=torch.bfloat16)
         grids = [_kernels._grid(grid.video_shape, grid.cube) for grid in (self.grid, self.listed_grid)]
         stages, counts = make(self.kernel, like, grids, self.sizes, lists, compressed)
@@ -296,6 +297,25 @@ def test_order_of_stages(kernel, head_dim, make):
             assert members == [1 << i % consumers for i in range(consumers * blocks // size)]
             for i in range(consumers):
                 assert firsts[i::consumers] == alone[i][::size]
+
+
+@over_kernels
+def test_stages_name_blocks_that_exist(kernel, head_dim, make, seed):
+    """Whatever the lists say: kernels read memory there."""
+    problem = new_problem(kernel, head_dim, "random", seed, CubeGrid(GRIDS[0]), ragged=True)
+    lists, compressed = problem.arguments()
+    entries = lists[1] if compressed[1] is None else compressed[1]
+    wrong = torch.rand(entries.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
+    limits = torch.iinfo(torch.int32)
+    for value in (limits.min, -1, problem.listed_grid.num_cubes, limits.max):
+        entries[wrong] = value
+        stages, counts, places = problem.made(make, lists, compressed)
+        partial = problem.partial()
+        for count, at in zip(counts.tolist(), places, strict=False):
+            for word in stages[list(at[:count])].flatten().tolist():
+                block = word % (1 << BLOCK_BITS)
+                assert block < len(partial)
+                assert bool(word % 2**32 & PARTIAL) == (partial[block] or bool(word & PADDED))
 
 
 @pytest.mark.simulator
