@@ -50,7 +50,10 @@ def grid_arguments(grid):
     return () if grid is None else (grid.video_shape, grid.cube)
 
 
-def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None), coarse_grid=None):
+def backward(
+    run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, None), coarse_grid=None,
+    deterministic=True,
+):  # fmt: skip
     """dq, dk, dv by the kernels, as autograd calls them; out and lse as a forward gives them.
 
     With coarse_grid without lists, and pooled gradients by its cubes.
@@ -66,7 +69,7 @@ def backward(run, case, grad_out, out, lse, grad_lse=None, pooled=(None, None, N
     return run(
         _kernels.fine_backward, grad_out, case.query, case.key, case.value, lse, delta, *index,
         case.block_sizes, case.q_block_sizes, *pooled, case.q_shape, case.kv_shape, case.cube, case.kv_cube,
-        case.scale, True, *grid_arguments(coarse_grid),
+        case.scale, deterministic, *grid_arguments(coarse_grid),
     )  # fmt: skip
 
 
@@ -95,11 +98,14 @@ def check_fine_backward(run, case, grad_lse=None, pooled=(None, None, None), coa
     grad_out = new_gradient(case)
     grids = None if coarse_grid is None else (coarse_grid, coarse_grid)
     out, lse, exact = exact_backward(case, grad_out, grad_lse, pooled, grids)
-    gradients = backward(run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled, coarse_grid)
     baseline = half_precision_baseline(
         case.query, case.key, case.value, case.kv_num_blocks, case.kv_indices, case.q_grid, case.kv_grid,
         case.scale, grad_out, grad_lse, case.block_sizes, case.q_block_sizes, pooled, grids,
     )  # fmt: skip
-    for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
-        assert_within_tolerance(*versions, name)
+    for deterministic in (True, False):
+        gradients = backward(
+            run, case, grad_out, out.to(case.dtype), lse.float(), grad_lse, pooled, coarse_grid, deterministic
+        )
+        for name, *versions in zip(("dq", "dk", "dv"), gradients, exact, baseline[1:], strict=True):
+            assert_within_tolerance(*versions, f"{name}, {deterministic=}")
     return gradients

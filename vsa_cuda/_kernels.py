@@ -282,13 +282,13 @@ def fine_backward(
     q_block_sizes, dq_pooled, dk_pooled, dv_pooled, q_shape, kv_shape, q_cube, kv_cube, scale, deterministic,
     coarse_shape=None, coarse_cube=None,
 ):  # fmt: skip
-    """Two passes without reductions between CTAs: the same bits in every run, whatever `deterministic`."""
+    """One pass that sums dQ in fp32; if `deterministic`, two passes without sums that several CTAs make."""
     gradients = tuple(query.new_empty(x.shape) for x in (query, key, value))
     grids = _grid(q_shape, q_cube), _grid(kv_shape, kv_cube)
     _differentiate(
         grad_fine, query, key, value, lse, delta, gradients, *grids, scale, (kv_num_blocks, kv_indices),
         (q_offsets, q_indices), (block_sizes, q_block_sizes), (dq_pooled, dk_pooled, dv_pooled),
-        [_coarse_grid(coarse_shape, coarse_cube, grid) for grid in grids],
+        [_coarse_grid(coarse_shape, coarse_cube, grid) for grid in grids], deterministic,
     )  # fmt: skip
     return gradients
 
@@ -296,8 +296,9 @@ def fine_backward(
 def _differentiate(
     grad_fine, query, key, value, lse, delta, gradients, q_grid, kv_grid, scale, lists=(None, None),
     transposed=(None, None), sizes=(None, None), pooled=(None, None, None), pooled_grids=None,
+    deterministic=True,
 ):  # fmt: skip
-    """dQ, then dK and dV, into `gradients` (q, k, v). Without lists all pairs of blocks."""
+    """dQ, dK and dV into `gradients` (q, k, v). Without lists all pairs of blocks."""
     C = _extension.load()
     # Named, so that a packed copy and a schedule live until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
@@ -305,7 +306,12 @@ def _differentiate(
     kv_schedule, _kept_kv = _schedule(
         "fine_backward_kv", query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
     )
-    q_schedule, _kept_q = _schedule("fine_backward_q", query, q_grid, kv_grid, sizes[0], lists)
+    two_passes, fused = (True, False) if deterministic else _passes(query.shape[3], q_grid, kv_grid, lists[1])
+    q_schedule, _kept_q, grad_query_sums = C.Schedule(), (), None
+    if two_passes:
+        q_schedule, _kept_q = _schedule("fine_backward_q", query, q_grid, kv_grid, sizes[0], lists)
+    if fused:
+        grad_query_sums = lse.new_empty((*lse.shape, query.shape[3]))
     row_terms = lse.new_empty((*lse.shape, 8), dtype=torch.bfloat16)
     pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     arguments = C.FineBackwardArguments(
@@ -325,6 +331,8 @@ def _differentiate(
         lse=_address(lse),
         delta=_address(delta),
         row_terms=row_terms.data_ptr(),
+        grad_query_sums=_address(grad_query_sums),
+        choose_by=_address(q_offsets) if two_passes and fused else 0,
         dq_pooled=_address(dq_pooled),
         dk_pooled=_address(dk_pooled),
         dv_pooled=_address(dv_pooled),
@@ -333,8 +341,34 @@ def _differentiate(
         scale=scale,
         num_sms=_extension.num_sms(query.device),
     )
-    _extension.launch(C.plan_fine_backward_q(arguments), query)
-    _extension.launch(C.plan_fine_backward_kv(arguments), query)
+    plans = []
+    if two_passes:
+        plans += [C.plan_fine_backward_q(arguments), C.plan_fine_backward_kv(arguments)]
+    if fused:
+        plans += [
+            C.plan_start_grad_query(arguments),
+            C.plan_fine_backward_fused(arguments),
+            C.plan_finish_grad_query(arguments),
+        ]
+    for plan in plans:
+        _extension.launch(plan, query)
+
+
+# Of one head's queries, output gradients and sums of dQ: what L2 holds while key blocks from all over the video
+# ask for them.
+_FUSED_HEAD_BYTES = 24 << 20
+
+
+def _passes(head_dim, q_grid, kv_grid, kv_indices):
+    """Which backward is the fastest (bench/NOTES.md): (two passes, fused pass); both where the lists decide."""
+    if kv_indices is None:
+        return False, True
+    blocks, kv_blocks = q_grid.num_cubes, kv_grid.num_cubes
+    if head_dim == 64:
+        fused = blocks * 64 * head_dim * (2 + 2 + 4) <= _FUSED_HEAD_BYTES
+        return not fused, fused
+    # An index with room for every block may hold every block.
+    return True, kv_indices.shape[3] >= kv_blocks and blocks * kv_blocks < 2**31
 
 
 def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):

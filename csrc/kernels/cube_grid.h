@@ -74,12 +74,13 @@ struct CubeGrid {
             slot & ((1 << log2_cube.w) - 1)};
   }
 
-  // Raster index of a cube's slot, or -1 where the slot lies outside the video.
+  // Raster index of a cube's slot, or -1 where the slot lies outside the video. Fewer than 2^25 cubes, so that
+  // it fits an int.
   VSA_HOST_DEVICE int64_t token(Extent3 origin, int slot) const {
     Extent3 offset = slot_offset(slot);
     Extent3 at = {origin.t + offset.t, origin.h + offset.h, origin.w + offset.w};
     if (at.t >= video.t || at.h >= video.h || at.w >= video.w) return -1;
-    return (int64_t(at.t) * video.h + at.h) * video.w + at.w;
+    return (at.t * video.h + at.h) * video.w + at.w;
   }
 
   // Where a raster token lies: cube * 64 + slot. Fewer than 2^25 cubes, so both fit an int.

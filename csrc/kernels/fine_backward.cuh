@@ -27,8 +27,9 @@ struct NothingOwn {
 };
 
 // Extra: beside a tile of the first ring. Own: shared memory of the pass, with init(thread) for threads 0
-// to 63.
-template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class Extra, class Own>
+// to 63. kListed: it takes lists.
+template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class Extra, class Own,
+          bool kListed_ = true>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -36,6 +37,7 @@ struct FineBackward {
   static constexpr int kStageBlocks = kStageBlocks_;
   static constexpr int kStageTokens = kStageBlocks * kCubeTokens;
   static constexpr BackwardStages kStages = kStages_;
+  static constexpr bool kListed = kListed_;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;  // with the producers' 504 of a lane of each warpgroup
 
@@ -43,7 +45,7 @@ struct FineBackward {
   using StageTile = SharedTile<T, kStageTokens, kHeadDim>;
   using FirstRing = TileRing<StageTile, kStages.first, kConsumers, Extra>;
   using SecondRing = TileRing<StageTile, kStages.second, kConsumers>;
-  using Run = StageRun<kStageBlocks>;
+  using Run = StageRun<kStageBlocks, kListed>;
   struct Resident {
     Tile first, second;
   };
@@ -51,13 +53,24 @@ struct FineBackward {
     Resident resident[kConsumers];
     FirstRing first;
     SecondRing second;
-    Barrier resident_full[kConsumers];   // the producer's arrival and the bytes of both tiles
+    Own own;
+    Barrier resident_full[kConsumers];   // each task: the producer's arrival and the bytes of both tiles
+    Barrier resident_landed;             // of tiles whose pads the producer clears before it publishes them
     Barrier resident_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
     TaskQueue queue;
-    Own own;
   };
   static constexpr int kReadingWarps = 3 + kConsumers * FirstRing::kWarps;  // of the queue
 };
+
+// All threads of a CTA.
+VSA_DEVICE bool is_chosen(const PassChoice& choice) {
+  if (!choice.ends) return true;
+  bool all = true;
+  for (int row = threadIdx.x; row < choice.rows; row += blockDim.x) {
+    all &= __ldg(choice.ends + row * choice.row_stride) == choice.all;
+  }
+  return bool(__syncthreads_and(all)) == choice.if_all;
+}
 
 // One map of the copy engine with its coordinates.
 struct MappedTokens {
@@ -73,31 +86,49 @@ VSA_DEVICE Task fine_backward_task(const FineBackwardParams& params, int index) 
 template <class Kernel>
 VSA_DEVICE typename Kernel::Run fine_backward_run(const FineBackwardParams& params, const Task& task,
                                                   int index) {
-  return stage_run<Kernel::kConsumers, Kernel::kStageBlocks>(params.schedule, Kernel::grid(params),
+  return stage_run<Kernel::kConsumers, Kernel::kStageBlocks, Kernel::kListed>(params.schedule, Kernel::grid(params),
                                                              Kernel::listed(params), task, index);
 }
 
 // The warp that loads the tiles which consumers keep.
+// With kClearsResident rows of pads become zero.
 template <class Kernel>
 VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, const MappedTokens& first,
                                             const MappedTokens& second, const FineBackwardParams& params) {
-  uint32_t phases = 0;  // a bit a consumer
-  TaskReader reader(shared.queue);
-  int index;
-  while ((index = reader.next()) < params.num_tasks) {
-    Task task = fine_backward_task<Kernel>(params, index);
-    for (int i = 0; i < task.blocks; i++) {
-      shared.resident_empty[i].wait(phases >> i & 1 ^ 1);
-      phases ^= 1u << i;
+  const CubeGrid& grid = Kernel::grid(params);
+  uint32_t landed_phase = 0;
+  NextTask next;
+  while ((next = next_task(shared.queue)).index < params.num_tasks) {
+    Task task = fine_backward_task<Kernel>(params, next.index);
+    for (int i = 0; i < Kernel::kConsumers; i++) {
+      bool exists = i < task.blocks;
+      int block = task.block(grid, exists ? i : 0);
+      int prefix = kCubeTokens;
+      if constexpr (Kernel::kClearsResident) {
+        if (exists) prefix = Kernel::prefix(params, block);
+      }
+      shared.resident_empty[i].wait(next.phase ^ 1);
       if (elect_one()) {
-        const CubeGrid& grid = Kernel::grid(params);
-        CubeAddress cube = task.address(grid, task.block(grid, i));
-        Barrier& full = shared.resident_full[i];
-        full.arrive_expect(sizeof(shared.resident[i]));
-        load_cube(shared.resident[i].first, first.map, first.at, cube, full);
-        load_cube(shared.resident[i].second, second.map, second.at, cube, full);
+        Barrier& full = prefix < kCubeTokens ? shared.resident_landed : shared.resident_full[i];
+        if (exists) {
+          full.arrive_expect(sizeof(shared.resident[i]));
+          load_cube(shared.resident[i].first, first.map, first.at, task.address(grid, block), full);
+          load_cube(shared.resident[i].second, second.map, second.at, task.address(grid, block), full);
+        } else {
+          full.arrive();
+        }
       }
       __syncwarp();
+      if (prefix < kCubeTokens) {
+        shared.resident_landed.wait(landed_phase);
+        landed_phase ^= 1;
+        zero_rows(shared.resident[i].first, prefix);
+        zero_rows(shared.resident[i].second, prefix);
+        fence_async_shared();  // wgmma reads the zeros through the async proxy
+        __syncwarp();
+        if (elect_one()) shared.resident_full[i].arrive();
+        __syncwarp();
+      }
     }
   }
 }
@@ -108,9 +139,8 @@ template <class Kernel, bool kFirst, class Ring, class Load>
 VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackwardParams& params,
                                    Load load) {
   TileProducer<Ring, Kernel::kStageBlocks, kFirst> producer(ring);
-  TaskReader reader(queue);
   int index;
-  while ((index = reader.next()) < params.num_tasks) {
+  while ((index = next_task(queue).index) < params.num_tasks) {
     Task task = fine_backward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_backward_run<Kernel>(params, task, index);
     auto load_stage = [&task, &run, &load](const Stage& stage, int slot, Barrier& full) {
@@ -172,17 +202,30 @@ VSA_DEVICE void scale_and_add_rows(FloatTile<kCols>& tile, float scale, const T*
   }
 }
 
+// A query cube's rows of dQ, of which `grad_query` is the sum, in global memory.
+template <class T, int kHeadDim>
+VSA_DEVICE void store_grad_query(FloatTile<kHeadDim>& grad_query, const FineBackwardParams& params,
+                                 const CubeAddress& address, int block) {
+  uint64_t real = params.q_grid.valid_slots(address.origin);
+  PooledRows pooled(params, params.q_grid, address, block, real);
+  scale_and_add_rows(grad_query, params.scale, static_cast<const T*>(params.dq_pooled), pooled);
+  // Rows of pads: whatever they were computed from, NaN included.
+  if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + block));
+  fill_rows(grad_query, real, 0.0f);
+  store_tokens<T>(grad_query, params.grad_query, params.q_grid, address);
+}
+
 // A consumer's way through one task. What is the pass's own: begin() sets its registers; step() works on a
-// stage, of which its last product may stay pending; wait<n>() waits for that, until at most n later ones are
-// unfinished, and release() gives back what it read; store() writes the gradients.
+// stage, of which its last product may stay pending (kPends); wait<n>() waits for that, until at most n later
+// ones are unfinished, and settled() gives back what it read; leave() ends what a task shares with the other
+// consumer's; store() writes the gradients. kReleasesResident: the last step gives the resident tiles back.
 template <class Kernel>
 struct FineBackwardConsumer {
   typename Kernel::Shared& shared;
   const FineBackwardParams& params;
   int consumer;
   typename Kernel::Pass pass;
-  bool pending;
-  uint32_t pending_position;
+  uint32_t pending;  // a stage's position + 1; 0: none
 
   // After the last products with the resident tiles.
   VSA_DEVICE void release_resident() {
@@ -192,7 +235,7 @@ struct FineBackwardConsumer {
 
   // What is pending holds tiles that others may wait to see replaced.
   VSA_DEVICE void finish_before(uint32_t position) {
-    bool due = pending && position - pending_position >= Kernel::kHeldStages;
+    bool due = pending && position + 1 - pending >= Kernel::kHeldStages;
     if (__any_sync(0xffffffffu, due)) finish();
   }
 
@@ -205,58 +248,53 @@ struct FineBackwardConsumer {
   VSA_DEVICE void step(const StageAt& at) {
     finish_before(at.position);
     pass.step(*this, at);
-    pending = true;
-    pending_position = at.position;
+    if (Kernel::Pass::kPends) pending = at.position + 1;
   }
 
   // Until at most kLater products later than the pending ones are unfinished.
   template <int kLater>
   VSA_DEVICE void settle() {
     pass.template wait<kLater>();
-    if (__any_sync(0xffffffffu, pending)) pass.release(shared, pending_position);
+    if (__any_sync(0xffffffffu, pending != 0)) pass.settled(*this, pending - 1);
   }
   VSA_DEVICE void finish() {
     settle<0>();
-    pending = false;
+    pending = 0;
   }
 };
 
-// All stages of a task. False where it has no block for this consumer.
+// All stages of a task.
 template <class Kernel>
-VSA_DEVICE bool fine_backward_attend(FineBackwardConsumer<Kernel>& self, int index, uint32_t& position,
-                                     uint32_t& resident_phase) {
+VSA_DEVICE void fine_backward_attend(FineBackwardConsumer<Kernel>& self, const NextTask& next,
+                                     uint32_t& position) {
   typename Kernel::Shared& shared = self.shared;
-  Task task = fine_backward_task<Kernel>(self.params, index);
-  typename Kernel::Run run = fine_backward_run<Kernel>(self.params, task, index);
+  Task task = fine_backward_task<Kernel>(self.params, next.index);
+  typename Kernel::Run run = fine_backward_run<Kernel>(self.params, task, next.index);
   Stage window = run.load(lane_id());
   bool exists = self.consumer < task.blocks;
   self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0),
                   exists);
-  if (exists) {
-    shared.resident_full[self.consumer].wait(resident_phase);
-    resident_phase ^= 1;
-  }
-  bool released = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
+  shared.resident_full[self.consumer].wait(next.phase);
+  bool ended = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
   self.finish();
-  if (exists && !released) self.release_resident();
-  return exists;
+  self.pass.leave(self);
+  if (!ended || !Kernel::Pass::kReleasesResident) self.release_resident();
 }
 
 template <class Kernel>
 VSA_DEVICE void fine_backward_consume(typename Kernel::Shared& shared, const FineBackwardParams& params,
                                       int consumer) {
-  uint32_t position = 0, resident_phase = 0;
-  TaskReader reader(shared.queue);
-  int index;
-  while (__any_sync(0xffffffffu, (index = reader.next()) < params.num_tasks)) {
+  uint32_t position = 0;
+  NextTask next;
+  while (__any_sync(0xffffffffu, (next = next_task(shared.queue)).index < params.num_tasks)) {
     FineBackwardConsumer<Kernel> self{shared, params, consumer};
-    if (fine_backward_attend<Kernel>(self, index, position, resident_phase)) {
-      int same = index;
-      forget(same);  // what store() needs of the task is not worth registers in the loop
-      Task task = fine_backward_task<Kernel>(params, same);
-      int block = task.block(Kernel::grid(params), consumer);
-      self.pass.store(params, task.address(Kernel::grid(params), block), block);
-    }
+    fine_backward_attend<Kernel>(self, next, position);
+    int same = next.index;
+    forget(same);  // what store() needs of the task is not worth registers in the loop
+    Task task = fine_backward_task<Kernel>(params, same);
+    if (consumer >= task.blocks) continue;
+    int block = task.block(Kernel::grid(params), consumer);
+    self.pass.store(params, task.address(Kernel::grid(params), block), block);
   }
 }
 
@@ -265,6 +303,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
 
+  if (!is_chosen(params.choice)) return;
   if (threadIdx.x < kRingFullBarriers) {
     shared.first.init(threadIdx.x);
     shared.second.init(threadIdx.x);
@@ -272,7 +311,10 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
       shared.resident_full[threadIdx.x].init(1);
       shared.resident_empty[threadIdx.x].init(kWarpgroupThreads / kWarpThreads);
     }
-    if (threadIdx.x == 0) shared.queue.init(Kernel::kReadingWarps);
+    if (threadIdx.x == 0) {
+      shared.resident_landed.init(1);
+      shared.queue.init(Kernel::kReadingWarps);
+    }
     shared.own.init(threadIdx.x);
     fence_barrier_init();
   }
@@ -284,7 +326,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
     int warp = warp_id() % 4;
     if (warp == 0) Kernel::load_first(shared, maps, params);
     if (warp == 1) Kernel::load_second(shared, maps, params);
-    if (warp == 2) Kernel::load_resident(shared, maps, params);
+    if (warp == 2) Kernel::template load_resident<Kernel>(shared, maps, params);
     if (warp == 3) fetch_tasks(shared.queue, params.next_task, params.num_tasks);
   } else {
     register_increase<Kernel::kConsumerRegisters>();

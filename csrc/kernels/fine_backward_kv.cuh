@@ -1,9 +1,7 @@
 // Fine stage, backward, key side: dK and dV, each written once.
 //
 // A consumer keeps K and V of a key cube and walks the query cubes that chose it, 128 queries at a time at
-// head_dim 64, else 64: first ring Q with the queries' terms, second dO. Rows are keys: S^T = K Q^T, dP^T =
-// V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta, which lie across the lanes
-// then, come in as products (row_terms.cuh). Per member stage i, block by block of its queries:
+// head_dim 64, else 64 (fine_backward_keys.cuh). Per member stage i, block by block of its queries:
 //
 //   tensor cores   | dK(i-1) | S(i) | dP(i) - delta | dV += P(i)^T dO | dK += dS(i)^T Q ...
 //   consumer       |  wait dK, release i-1 | P(i) ----- | dS(i) -----  | wait dV
@@ -11,29 +9,9 @@
 // The other consumer's products fill the gaps.
 #pragma once
 
-#include "kernels/fine_backward.cuh"
-#include "kernels/row_terms.cuh"
+#include "kernels/fine_backward_keys.cuh"
 
 namespace vsa {
-
-template <int kBlocks>
-struct QueryTerms {
-  RowTerms blocks[kBlocks];
-};
-
-struct TermSelectors {
-  TermSelector lse, delta;
-
-  VSA_DEVICE void init(int thread) {
-    if (thread < 16) {
-      lse.init(thread, 0);
-      delta.init(thread, 2);
-    }
-    fence_async_shared();  // wgmma reads them through the async proxy
-  }
-};
-static_assert(sizeof(TermSelectors) == kTermSelectorsBytes &&
-              sizeof(RowTerms) == kCubeTokens * kRowTermsBytes);
 
 // A consumer's registers through the loop.
 template <class Kernel>
@@ -42,6 +20,7 @@ struct FineBackwardKvPass {
   static constexpr int kBlocks = Kernel::kStageBlocks;
   static constexpr int kBlockRegisters = FloatTile<kCubeTokens>::kRegisters;
   using Scores = FloatTile<Kernel::kStageTokens>;
+  static constexpr bool kPends = true, kReleasesResident = true;
 
   FloatTile<Kernel::kHeadDim> grad_key, grad_value;
   HalfTile<T, kCubeTokens> probabilities[kBlocks], grad_scores[kBlocks];  // the last of these is pending
@@ -55,9 +34,9 @@ struct FineBackwardKvPass {
   VSA_DEVICE void wait() {
     mma_wait<kLater>(grad_key, grad_scores[kBlocks - 1]);
   }
-  VSA_DEVICE static void release(typename Kernel::Shared& shared, uint32_t position) {
-    shared.first.release(position);
-    shared.second.release(position);
+  VSA_DEVICE void settled(FineBackwardConsumer<Kernel>& self, uint32_t position) {
+    self.shared.first.release(position);
+    self.shared.second.release(position);
   }
 
   VSA_DEVICE void step(FineBackwardConsumer<Kernel>& self, const StageAt& at) {
@@ -78,10 +57,11 @@ struct FineBackwardKvPass {
     mma_ABt(grads, resident.second, grad_outs, true);
     mma_commit();
     mma_wait<1>(scores);
-    block_step<0>(scores, grads, self.params.scale_log2, 0.0f, queries, grad_outs);
+    block_step<0>(self, scores, grads, {0.0f, 0.0f}, queries, grad_outs);
     // A padded stage's second block is its first one again: it counts for nothing.
     if constexpr (kBlocks == 2) {
-      block_step<1>(scores, grads, self.params.scale_log2, at.marked ? -INFINITY : 0.0f, queries, grad_outs);
+      float shift = at.marked ? -INFINITY : 0.0f;
+      block_step<1>(self, scores, grads, {shift, shift}, queries, grad_outs);
     }
     // Only the last product runs into the next step: ptxas finds no registers for more.
     if constexpr (kBlocks == 1) {
@@ -94,10 +74,11 @@ struct FineBackwardKvPass {
 
   // P and dS of a stage's block of queries, and what it adds to dV and dK.
   template <int kBlock>
-  VSA_DEVICE void block_step(Scores& scores, Scores& grads, float scale_log2, float shift,
-                             typename Kernel::StageTile& queries, typename Kernel::StageTile& grad_outs) {
+  VSA_DEVICE void block_step(FineBackwardConsumer<Kernel>& self, Scores& scores, Scores& grads,
+                             const RowVector& shift, typename Kernel::StageTile& queries,
+                             typename Kernel::StageTile& grad_outs) {
     constexpr int kBegin = kBlock * kBlockRegisters, kFirstToken = kBlock * kCubeTokens;
-    exponentiate<kBegin, kBegin + kBlockRegisters>(scores, scale_log2, {shift, shift});
+    exponentiate<kBegin, kBegin + kBlockRegisters>(scores, self.params.scale_log2, shift);
     convert(probabilities[kBlock], scores, kFirstToken);
     mma_fence();
     mma_AB(grad_value, probabilities[kBlock], grad_outs, true, kFirstToken);
@@ -106,10 +87,15 @@ struct FineBackwardKvPass {
 #pragma unroll
     for (int i = kBegin; i < kBegin + kBlockRegisters; i++) grads.data[i] *= scores.data[i];
     convert(grad_scores[kBlock], grads, kFirstToken);
+    self.pass.template publish<kBlock>(self);
     mma_fence();
     mma_AB(grad_key, grad_scores[kBlock], queries, true, kFirstToken);
     mma_commit();
   }
+
+  VSA_DEVICE void leave(FineBackwardConsumer<Kernel>&) {}
+  template <int kBlock>
+  VSA_DEVICE void publish(FineBackwardConsumer<Kernel>&) {}
 
   VSA_DEVICE void store(const FineBackwardParams& params, const CubeAddress& address, int block) {
     uint64_t real = params.kv_grid.valid_slots(address.origin);
@@ -125,63 +111,14 @@ struct FineBackwardKvPass {
   }
 };
 
-struct FineBackwardKvMaps {
-  CUtensorMap query, key, value, grad_out;
-};
-
 template <int kHeadDim, class T>
-struct FineBackwardKv
-    : FineBackward<kHeadDim, T, fine_backward_kv_stage_blocks(kHeadDim), fine_backward_kv_stages(kHeadDim),
-                   QueryTerms<fine_backward_kv_stage_blocks(kHeadDim)>, TermSelectors> {
-  static constexpr int kBlocks = fine_backward_kv_stage_blocks(kHeadDim);
-  using Base = FineBackward<kHeadDim, T, kBlocks, fine_backward_kv_stages(kHeadDim), QueryTerms<kBlocks>,
-                            TermSelectors>;
-  using Maps = FineBackwardKvMaps;
+struct FineBackwardKv : FineBackwardKeys<kHeadDim, T, fine_backward_kv_stages(kHeadDim),
+                                         QueryTerms<fine_backward_kv_stage_blocks(kHeadDim)>, TermSelectors> {
   using Pass = FineBackwardKvPass<FineBackwardKv>;
-  // At head_dim 128 consumers need all that can be had.
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 24 : Base::kProducerRegisters;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 240 : Base::kConsumerRegisters;
-  using typename Base::Shared;
-  static constexpr int kHeldStages =
-      Base::kStages.first < Base::kStages.second ? Base::kStages.first : Base::kStages.second;
-  static_assert(sizeof(Shared) == fine_backward_kv_shared_bytes(kHeadDim));
-
-  VSA_DEVICE static const CubeGrid& grid(const FineBackwardParams& params) { return params.kv_grid; }
-  VSA_DEVICE static ListedBlocks listed(const FineBackwardParams& params) {
-    return {params.q_grid, params.q_block_sizes};
-  }
-  VSA_DEVICE static bool mark(const Stage& stage) { return kBlocks == 2 && is_padded(stage); }
-
-  VSA_DEVICE static void load_resident(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    fine_backward_load_resident<FineBackwardKv>(shared, {maps.key, params.key}, {maps.value, params.value},
-                                                params);
-  }
-  VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
-                                          int slot, Barrier& full) {
-      QueryTerms<kBlocks>& terms = shared.first.extras[slot];
-      full.arrive_expect(Base::StageTile::kBytes + sizeof(terms));
-      load_blocks<kBlocks>(shared.first.tiles[slot], maps.query, params.query, params.q_grid, task, stage,
-                           full);
-#pragma unroll
-      for (int b = 0; b < kBlocks; b++) {
-        int64_t block =
-            task.head_row * params.q_grid.num_cubes() + stage_block(b ? stage.second : stage.first);
-        load_async(&terms.blocks[b], static_cast<const RowTerms*>(params.row_terms) + block, sizeof(RowTerms),
-                   full);
-      }
-    };
-    fine_backward_fill<FineBackwardKv, true>(shared.first, shared.queue, params, load);
-  }
-  VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
-                                          int slot, Barrier& full) {
-      full.arrive_expect(Base::StageTile::kBytes);
-      load_blocks<kBlocks>(shared.second.tiles[slot], maps.grad_out, params.grad_out, params.q_grid, task,
-                           stage, full);
-    };
-    fine_backward_fill<FineBackwardKv, false>(shared.second, shared.queue, params, load);
-  }
+  static constexpr BackwardStages kStages = fine_backward_kv_stages(kHeadDim);
+  static constexpr bool kClearsResident = false;
+  static constexpr int kHeldStages = kStages.first < kStages.second ? kStages.first : kStages.second;
+  static_assert(sizeof(typename FineBackwardKv::Shared) == fine_backward_kv_shared_bytes(kHeadDim));
 };
 
 }  // namespace vsa

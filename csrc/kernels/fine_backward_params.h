@@ -7,7 +7,17 @@
 
 namespace vsa {
 
-// Both passes. What is absent is null.
+// Whether a kernel runs at all: with `ends`, if all pairs of blocks are listed, or unless they are. Then the
+// device chooses between two ways to the same gradients, of which both are launched.
+struct PassChoice {
+  const int32_t* ends;  // [rows], row_stride apart: the entries of a head's compressed lists; null: it runs
+  int64_t row_stride;
+  int32_t rows;  // batch * heads
+  int32_t all;   // entries where every query block has every key block
+  bool if_all;   // it runs if they are there; else it runs unless they are
+};
+
+// All passes. What is absent is null.
 struct FineBackwardParams {
   CubeGrid q_grid, kv_grid;
   CubeCoordinates query, key, value, grad_out;  // of the maps of the same names
@@ -15,14 +25,19 @@ struct FineBackwardParams {
   Schedule schedule;                           // of the pass
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
   const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64], for the query pass
-  void* row_terms;  // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass leaves for the
-                    // key pass
+  // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass, or start_grad_query, leaves for
+  // the pass after it.
+  void* row_terms;
+  // dQ's sums [batch, heads, num_q_blocks, head_dim / 64, kGradQueryTile], of the fused pass and the kernels
+  // around it.
+  float* grad_query_sums;
   // [batch, heads, cubes of pooled_grid, head_dim], the query's type; the query pass takes the first, the key
   // pass the others.
   const void *dq_pooled, *dk_pooled, *dv_pooled;
   CubeGrid pooled_grid;     // of the same tokens as the grid of the pass
   bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
+  PassChoice choice;
   int32_t heads;
   int32_t groups;      // of cubes in a head, a task each
   int32_t* next_task;  // 0; null: tasks of equal length, which go round the CTAs
@@ -46,13 +61,19 @@ constexpr BackwardStages fine_backward_kv_stages(int head_dim) {
   return head_dim == 128 ? BackwardStages{5, 4} : BackwardStages{6, 5};
 }
 
-constexpr int kTaskQueueBytes = 40;
+constexpr bool fine_backward_fused_takes_lists(int head_dim) { return head_dim == 64; }
+constexpr BackwardStages fine_backward_fused_stages(int head_dim) {
+  return head_dim == 128 ? BackwardStages{3, 3} : BackwardStages{4, 3};
+}
+
+constexpr int kTaskQueueWarps = kBackwardThreads / 32;
+constexpr int kTaskQueueBytes = 40 + 4 * kTaskQueueWarps;
 
 // `extra_bytes` beside a block of the first ring, `own_bytes` of the pass.
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
                                          int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kTaskQueueBytes + own_bytes +
+  return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kBarrierBytes + kTaskQueueBytes + own_bytes +
                       tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
                       tile_ring_bytes(stage_blocks * tile, stages.second, 0),
                   kTileAlignment);
@@ -68,6 +89,20 @@ constexpr int fine_backward_kv_shared_bytes(int head_dim) {
   return fine_backward_shared_bytes(head_dim, fine_backward_kv_stage_blocks(head_dim),
                                     fine_backward_kv_stages(head_dim), kCubeTokens * kRowTermsBytes,
                                     kTermSelectorsBytes);
+}
+
+
+// Of the fused pass: a consumer's dS of a stage, and a 64 x 64 tile of what it adds to dQ.
+constexpr int kGradQueryTile = kCubeTokens * 64;  // fp32, in the order of a consumer's registers
+constexpr int kGradQueryThreads = 128;            // of the kernels before and after it
+constexpr int kListedBlocksBytes = 16;            // of a stage
+constexpr int fine_backward_fused_shared_bytes(int head_dim) {
+  int blocks = fine_backward_kv_stage_blocks(head_dim);
+  int own = blocks * kCubeTokens * 64 * kHalfBytes + kGradQueryTile * 4;
+  return fine_backward_shared_bytes(
+      head_dim, blocks, fine_backward_fused_stages(head_dim),
+      kCubeTokens * kRowTermsBytes + kListedBlocksBytes / blocks,
+      round_up(kTermSelectorsBytes, kTileAlignment) + kBackwardConsumers * own);
 }
 
 }  // namespace vsa

@@ -24,6 +24,7 @@ template <class Kernel>
 struct FineBackwardQPass {
   using T = typename Kernel::T;
   using Scores = FloatTile<Kernel::kStageTokens>;
+  static constexpr bool kPends = true, kReleasesResident = true;
 
   FloatTile<Kernel::kHeadDim> grad_query;
   HalfTile<T, Kernel::kStageTokens> grad_scores;  // of the pending stage
@@ -49,8 +50,8 @@ struct FineBackwardQPass {
   VSA_DEVICE void wait() {
     mma_wait<kLater>(grad_query, grad_scores);
   }
-  VSA_DEVICE static void release(typename Kernel::Shared& shared, uint32_t position) {
-    shared.first.release(position);
+  VSA_DEVICE void settled(FineBackwardConsumer<Kernel>& self, uint32_t position) {
+    self.shared.first.release(position);
   }
 
   VSA_DEVICE void step(FineBackwardConsumer<Kernel>& self, const StageAt& at) {
@@ -83,14 +84,9 @@ struct FineBackwardQPass {
     mma_commit();
   }
 
+  VSA_DEVICE void leave(FineBackwardConsumer<Kernel>&) {}
   VSA_DEVICE void store(const FineBackwardParams& params, const CubeAddress& address, int block) {
-    uint64_t real = params.q_grid.valid_slots(address.origin);
-    PooledRows pooled(params, params.q_grid, address, block, real);
-    scale_and_add_rows(grad_query, params.scale, static_cast<const T*>(params.dq_pooled), pooled);
-    // Rows of pads: whatever they were computed from, NaN included.
-    if (params.q_block_sizes) real &= CubeGrid::ones(__ldg(params.q_block_sizes + block));
-    fill_rows(grad_query, real, 0.0f);
-    store_tokens<T>(grad_query, params.grad_query, params.q_grid, address);
+    store_grad_query<T>(grad_query, params, address, block);
   }
 };
 
@@ -106,6 +102,7 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
   using Maps = FineBackwardQMaps;
   using Pass = FineBackwardQPass<FineBackwardQ>;
   using typename Base::Shared;
+  static constexpr bool kClearsResident = false;
   static constexpr int kHeldStages = Base::kStages.first;
   static_assert(sizeof(Shared) == fine_backward_q_shared_bytes(kHeadDim));
 
@@ -115,9 +112,10 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
   }
   VSA_DEVICE static bool mark(const Stage& stage) { return is_partial(stage); }
 
+  template <class Kernel>
   VSA_DEVICE static void load_resident(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    fine_backward_load_resident<FineBackwardQ>(shared, {maps.query, params.query},
-                                               {maps.grad_out, params.grad_out}, params);
+    fine_backward_load_resident<Kernel>(shared, {maps.query, params.query}, {maps.grad_out, params.grad_out},
+                                        params);
   }
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,

@@ -33,8 +33,8 @@ VSA_DEVICE void valid_masks(uint64_t (&masks)[2], const ListedBlocks& blocks, co
   masks[1] = is_padded(stage) ? 0 : blocks.valid_rows(stage_block(stage.second));
 }
 
-// Without a schedule a stage holds the next blocks of all, for every consumer.
-template <int kBlocks>
+// Without a schedule a stage holds the next blocks of all, for every consumer. kListed: there may be one.
+template <int kBlocks, bool kListed = true>
 struct StageRun {
   const Schedule& schedule;
   ListedBlocks blocks;
@@ -45,7 +45,7 @@ struct StageRun {
   // Stage number i; of no member from `count` on.
   VSA_DEVICE Stage load(int i) const {
     if (i >= count) return {0, 0};
-    if (schedule.stages) {
+    if (kListed && schedule.stages) {
       uint2 words = __ldg(reinterpret_cast<const uint2*>(schedule.stages + places.index(i)));
       return {words.x, words.y};
     }
@@ -55,11 +55,11 @@ struct StageRun {
   }
 };
 
-template <int kConsumers, int kBlocks>
-VSA_DEVICE StageRun<kBlocks> stage_run(const Schedule& schedule, const CubeGrid& grid,
+template <int kConsumers, int kBlocks, bool kListed = true>
+VSA_DEVICE StageRun<kBlocks, kListed> stage_run(const Schedule& schedule, const CubeGrid& grid,
                                        const ListedBlocks& blocks, const Task& task, int index) {
-  StageRun<kBlocks> run{schedule, blocks};
-  if (schedule.stages) {
+  StageRun<kBlocks, kListed> run{schedule, blocks};
+  if (kListed && schedule.stages) {
     run.places = stage_places<kConsumers, kBlocks>(schedule, grid, task, index);
     run.count = __ldg(schedule.counts + index);
   } else {

@@ -24,7 +24,7 @@ struct Task {
 // `groups` of blocks in a head.
 template <int kConsumers>
 VSA_DEVICE Task task_at(const CubeGrid& grid, int heads, int groups, int index) {
-  int row = index / groups;
+  int row = uint32_t(index) / uint32_t(groups);
   int first = (index - row * groups) * kConsumers;
   return {row / heads, row % heads, first, min(kConsumers, grid.num_cubes() - first), row};
 }

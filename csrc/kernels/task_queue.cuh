@@ -2,6 +2,7 @@
 // unlike times. One warp of a CTA fetches, a task ahead; all others read what it got, warp by warp.
 #pragma once
 
+#include "kernels/fine_backward_params.h"
 #include "tiles/barrier.cuh"
 
 namespace vsa {
@@ -11,9 +12,11 @@ struct TaskQueue {
   int index[kPlaces];
   Barrier full[kPlaces];   // an arrival by the fetching warp
   Barrier empty[kPlaces];  // an arrival by each reading warp
+  uint32_t taken[kTaskQueueWarps];  // by each warp of the CTA; here because consumers have no register for it
 
   // One thread, before fence_barrier_init and __syncthreads.
   VSA_DEVICE void init(int reading_warps) {
+    for (uint32_t& count : taken) count = 0;
     for (Barrier& barrier : full) barrier.init(1);
     for (Barrier& barrier : empty) barrier.init(reading_warps);
   }
@@ -37,24 +40,26 @@ VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, int num_tasks) {
   }
 }
 
-class TaskReader {
- public:
-  VSA_DEVICE explicit TaskReader(TaskQueue& queue) : queue_(queue) {}
-
-  // The next task; not one of the grid's at the end, after which nobody reads on.
-  VSA_DEVICE int next() {
-    queue_.full[at_.stage].wait(at_.phase);
-    // All lanes have the same; reduced, the compiler knows.
-    int index = __reduce_max_sync(0xffffffffu, queue_.index[at_.stage]);
-    __syncwarp();
-    if (elect_one()) queue_.empty[at_.stage].arrive();
-    at_.advance();
-    return index;
-  }
-
- private:
-  TaskQueue& queue_;
-  RingPosition<TaskQueue::kPlaces> at_;
+struct NextTask {
+  int index;       // not one of the grid's at the end, after which nobody reads on
+  uint32_t phase;  // of barriers with a phase a task: 0 for the first one
 };
+
+// All warps that read, each for itself.
+VSA_DEVICE NextTask next_task(TaskQueue& queue) {
+  uint32_t& taken = queue.taken[warp_id()];
+  uint32_t number = taken;
+  int place = number % TaskQueue::kPlaces;
+  queue.full[place].wait(number / TaskQueue::kPlaces % 2);
+  // All lanes have the same; reduced, the compiler knows.
+  int index = __reduce_max_sync(0xffffffffu, queue.index[place]);
+  __syncwarp();
+  if (elect_one()) {
+    taken = number + 1;
+    queue.empty[place].arrive();
+  }
+  __syncwarp();
+  return {index, number % 2};
+}
 
 }  // namespace vsa

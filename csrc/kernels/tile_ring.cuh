@@ -83,8 +83,8 @@ class TileProducer {
   // A whole warp: the stages of one task. load(stage, slot, full), in one thread, arrives at `full`, expects
   // bytes and starts the copies. With `clears`, slots behind a block's valid prefix become zero: pads hold
   // real memory, perhaps NaN, and 0 * NaN would spoil a product.
-  template <class Load>
-  VSA_DEVICE void fill(const StageRun<kBlocks>& run, bool clears, Load load) {
+  template <class Run, class Load>
+  VSA_DEVICE void fill(const Run& run, bool clears, Load load) {
     for (int base = 0; base < run.count; base += kWarpThreads) {
       Stage window = run.load(base + lane_id());
       int count = min(kWarpThreads, run.count - base);
@@ -159,8 +159,8 @@ struct StageAt {
 // `marked` as mark(Stage) says, and self.visit(position) for others that it attends. `window` is
 // run.load(lane); `position` that of the task's first stage, then of the next task's. By vote: the compiler
 // then knows that the warp stays whole. Whether there was a last one.
-template <int kConsumers, int kBlocks, class Consumer, class Mark>
-VSA_DEVICE bool walk_stages(Consumer& self, const StageRun<kBlocks>& run, Stage window, uint32_t& position,
+template <int kConsumers, class Run, class Consumer, class Mark>
+VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32_t& position,
                             Mark mark) {
   bool ended = false;
   for (int base = 0; __any_sync(0xffffffffu, base < run.count); base += kWarpThreads) {

@@ -25,14 +25,22 @@ __global__ void combine_backward_d64_bf16(CombineBackwardParams);
 __global__ void combine_backward_d64_fp16(CombineBackwardParams);
 __global__ void combine_backward_d128_bf16(CombineBackwardParams);
 __global__ void combine_backward_d128_fp16(CombineBackwardParams);
-__global__ void fine_backward_kv_d64_bf16(FineBackwardKvMaps, FineBackwardParams);
-__global__ void fine_backward_kv_d64_fp16(FineBackwardKvMaps, FineBackwardParams);
-__global__ void fine_backward_kv_d128_bf16(FineBackwardKvMaps, FineBackwardParams);
-__global__ void fine_backward_kv_d128_fp16(FineBackwardKvMaps, FineBackwardParams);
+__global__ void fine_backward_fused_d64_bf16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_fused_d64_fp16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_fused_d128_bf16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_fused_d128_fp16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d64_bf16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d64_fp16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d128_bf16(FineBackwardKeysMaps, FineBackwardParams);
+__global__ void fine_backward_kv_d128_fp16(FineBackwardKeysMaps, FineBackwardParams);
 __global__ void fine_backward_q_d64_bf16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d64_fp16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d128_bf16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d128_fp16(FineBackwardQMaps, FineBackwardParams);
+__global__ void finish_grad_query_d64_bf16(FineBackwardParams);
+__global__ void finish_grad_query_d64_fp16(FineBackwardParams);
+__global__ void finish_grad_query_d128_bf16(FineBackwardParams);
+__global__ void finish_grad_query_d128_fp16(FineBackwardParams);
 __global__ void fine_forward_d64_bf16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d64_fp16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d128_bf16(FineForwardMaps, FineForwardParams);
@@ -56,6 +64,8 @@ __global__ void select_wide_d64_bf16(SelectMaps, SelectParams);
 __global__ void select_wide_d64_fp16(SelectMaps, SelectParams);
 __global__ void select_wide_d128_bf16(SelectMaps, SelectParams);
 __global__ void select_wide_d128_fp16(SelectMaps, SelectParams);
+__global__ void start_grad_query_d64(FineBackwardParams);
+__global__ void start_grad_query_d128(FineBackwardParams);
 __global__ void transpose_index(TransposeIndexParams);
 }
 
@@ -69,6 +79,10 @@ const Kernels& kernels() {
       {"combine_backward_d64_fp16", reinterpret_cast<const void*>(combine_backward_d64_fp16)},
       {"combine_backward_d128_bf16", reinterpret_cast<const void*>(combine_backward_d128_bf16)},
       {"combine_backward_d128_fp16", reinterpret_cast<const void*>(combine_backward_d128_fp16)},
+      {"fine_backward_fused_d64_bf16", reinterpret_cast<const void*>(fine_backward_fused_d64_bf16)},
+      {"fine_backward_fused_d64_fp16", reinterpret_cast<const void*>(fine_backward_fused_d64_fp16)},
+      {"fine_backward_fused_d128_bf16", reinterpret_cast<const void*>(fine_backward_fused_d128_bf16)},
+      {"fine_backward_fused_d128_fp16", reinterpret_cast<const void*>(fine_backward_fused_d128_fp16)},
       {"fine_backward_kv_d64_bf16", reinterpret_cast<const void*>(fine_backward_kv_d64_bf16)},
       {"fine_backward_kv_d64_fp16", reinterpret_cast<const void*>(fine_backward_kv_d64_fp16)},
       {"fine_backward_kv_d128_bf16", reinterpret_cast<const void*>(fine_backward_kv_d128_bf16)},
@@ -77,6 +91,10 @@ const Kernels& kernels() {
       {"fine_backward_q_d64_fp16", reinterpret_cast<const void*>(fine_backward_q_d64_fp16)},
       {"fine_backward_q_d128_bf16", reinterpret_cast<const void*>(fine_backward_q_d128_bf16)},
       {"fine_backward_q_d128_fp16", reinterpret_cast<const void*>(fine_backward_q_d128_fp16)},
+      {"finish_grad_query_d64_bf16", reinterpret_cast<const void*>(finish_grad_query_d64_bf16)},
+      {"finish_grad_query_d64_fp16", reinterpret_cast<const void*>(finish_grad_query_d64_fp16)},
+      {"finish_grad_query_d128_bf16", reinterpret_cast<const void*>(finish_grad_query_d128_bf16)},
+      {"finish_grad_query_d128_fp16", reinterpret_cast<const void*>(finish_grad_query_d128_fp16)},
       {"fine_forward_d64_bf16", reinterpret_cast<const void*>(fine_forward_d64_bf16)},
       {"fine_forward_d64_fp16", reinterpret_cast<const void*>(fine_forward_d64_fp16)},
       {"fine_forward_d128_bf16", reinterpret_cast<const void*>(fine_forward_d128_bf16)},
@@ -100,6 +118,8 @@ const Kernels& kernels() {
       {"select_wide_d64_fp16", reinterpret_cast<const void*>(select_wide_d64_fp16)},
       {"select_wide_d128_bf16", reinterpret_cast<const void*>(select_wide_d128_bf16)},
       {"select_wide_d128_fp16", reinterpret_cast<const void*>(select_wide_d128_fp16)},
+      {"start_grad_query_d64", reinterpret_cast<const void*>(start_grad_query_d64)},
+      {"start_grad_query_d128", reinterpret_cast<const void*>(start_grad_query_d128)},
       {"transpose_index", reinterpret_cast<const void*>(transpose_index)},
   };
   return all;

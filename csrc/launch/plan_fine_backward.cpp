@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/fine_backward_params.h"
 #include "launch/check.h"
@@ -11,7 +12,8 @@ namespace vsa {
 namespace {
 
 // What both passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out.
-FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel) {
+FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel,
+                         bool fused) {
   const TokenTensor& query = arguments.query;
   check_same_heads(arguments.key, query, "key");
   check_same_heads(arguments.value, query, "value");
@@ -36,6 +38,13 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   check_argument(std::isfinite(params.scale_log2) && params.scale > 0, "scale: got ", arguments.scale,
                  ", expected a finite number above 0 in float32");
   params.heads = int32_t(query.heads);
+  if (arguments.choose_by) {
+    int64_t keys = arguments.kv_grid.num_cubes(), all = arguments.q_grid.num_cubes() * keys;
+    check_argument(all <= std::numeric_limits<int32_t>::max(), "q_offsets: got ", all,
+                   " pairs of blocks, expected at most 2^31 - 1");
+    params.choice = {pointer<const int32_t>(arguments.choose_by) + keys, keys + 1,
+                     int32_t(query.heads * query.batch), int32_t(all), fused};
+  }
   return params;
 }
 
@@ -67,10 +76,10 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
 }
 
 void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
-               const CubeGrid& grid, const char* kernel) {
+               const CubeGrid& grid) {
   params.groups = int32_t(ceil_div(grid.num_cubes(), kBackwardConsumers));
-  params.num_tasks =
-      int32_t(checked_grid(params.groups * arguments.query.heads * arguments.query.batch, kernel));
+  params.num_tasks = int32_t(
+      checked_grid(params.groups * arguments.query.heads * arguments.query.batch, plan.kernel.c_str()));
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
   if (params.schedule.stages) params.next_task = params.schedule.counts + params.num_tasks;
@@ -78,33 +87,87 @@ void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardA
   plan.set_params(params);
 }
 
-}  // namespace
-
-LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
+// A pass that keeps keys.
+LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* kernel, bool fused) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "fine_backward_kv");
+  FineBackwardParams params = start(plan, arguments, kernel, fused);
   add_inputs(plan, params, arguments);
   params.grad_key = gradient_rows(arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
   params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
-  params.schedule = arguments.kv_schedule;
+  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
+  if (!fused || fine_backward_fused_takes_lists(int(arguments.query.head_dim))) {
+    params.schedule = arguments.kv_schedule;
+  }
   set_pooled_grid(params, arguments.pooled_kv_grid, arguments.kv_grid, "pooled_kv_grid");
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);
   params.dv_pooled = pointer<const void>(arguments.dv_pooled);
-  set_shape(plan, params, arguments, arguments.kv_grid, "fine_backward_kv");
+  set_shape(plan, params, arguments, arguments.kv_grid);
+  return plan;
+}
+
+void add_grad_query(FineBackwardParams& params, const FineBackwardArguments& arguments) {
+  params.grad_query = gradient_rows(arguments.grad_query, arguments.query, arguments.q_grid, "dq");
+  set_pooled_grid(params, arguments.pooled_q_grid, arguments.q_grid, "pooled_q_grid");
+  params.dq_pooled = pointer<const void>(arguments.dq_pooled);
+}
+
+void check_grad_query_sums(const FineBackwardArguments& arguments) {
+  check_argument(arguments.grad_query_sums != 0 && arguments.grad_query_sums % 16 == 0,
+                 "grad_query_sums: got an address that is null or not 16-byte aligned, expected device memory");
+}
+
+// A CTA a query block of a head.
+void set_query_blocks(LaunchPlan& plan, const FineBackwardParams& params,
+                      const FineBackwardArguments& arguments) {
+  check_grad_query_sums(arguments);
+  plan.grid[0] = checked_grid(
+      int64_t(arguments.q_grid.num_cubes()) * arguments.query.heads * arguments.query.batch,
+      plan.kernel.c_str());
+  plan.block[0] = kGradQueryThreads;
+  plan.set_params(params);
+}
+
+}  // namespace
+
+LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
+  LaunchPlan plan = plan_key_pass(arguments, "fine_backward_kv", false);
   plan.shared_bytes = fine_backward_kv_shared_bytes(arguments.query.head_dim);
   return plan;
 }
 
 LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "fine_backward_q");
+  FineBackwardParams params = start(plan, arguments, "fine_backward_q", false);
   add_inputs(plan, params, arguments);
-  params.grad_query = gradient_rows(arguments.grad_query, arguments.query, arguments.q_grid, "dq");
+  add_grad_query(params, arguments);
   params.schedule = arguments.q_schedule;
-  set_pooled_grid(params, arguments.pooled_q_grid, arguments.q_grid, "pooled_q_grid");
-  params.dq_pooled = pointer<const void>(arguments.dq_pooled);
-  set_shape(plan, params, arguments, arguments.q_grid, "fine_backward_q");
+  set_shape(plan, params, arguments, arguments.q_grid);
   plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);
+  return plan;
+}
+
+LaunchPlan plan_start_grad_query(const FineBackwardArguments& arguments) {
+  LaunchPlan plan;
+  FineBackwardParams params = start(plan, arguments, "fine_backward_fused", true);
+  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
+  plan.kernel = text("start_grad_query_d", arguments.query.head_dim);
+  set_query_blocks(plan, params, arguments);
+  return plan;
+}
+
+LaunchPlan plan_fine_backward_fused(const FineBackwardArguments& arguments) {
+  check_grad_query_sums(arguments);
+  LaunchPlan plan = plan_key_pass(arguments, "fine_backward_fused", true);
+  plan.shared_bytes = fine_backward_fused_shared_bytes(arguments.query.head_dim);
+  return plan;
+}
+
+LaunchPlan plan_finish_grad_query(const FineBackwardArguments& arguments) {
+  LaunchPlan plan;
+  FineBackwardParams params = start(plan, arguments, "finish_grad_query", true);
+  add_grad_query(params, arguments);
+  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
+  set_query_blocks(plan, params, arguments);
   return plan;
 }
 

@@ -157,12 +157,14 @@ VSA_DEVICE void load(HalfTile<T, kCols>& tile, SharedTile<T, 64, kCols>& source)
 }
 
 // The other way (stmatrix). Ordinary writes: fence_async_shared() before the copy engine or wgmma reads them.
-template <class T, int kCols>
-VSA_DEVICE void store(SharedTile<T, 64, kCols>& destination, const HalfTile<T, kCols>& tile) {
+template <class T>
+VSA_DEVICE void store(SharedTile<T, 64, 64>& destination, const HalfTile<T, 64>& tile) {
   int row = warp_in_warpgroup() * 16 + lane_id() % 16;
+  int first = shared_address(destination.chunk(row, lane_id() / 16));
+  forget(first);  // one address in a register, not four
 #pragma unroll
-  for (int k = 0; k < kCols / 16; k++) {
-    uint32_t address = shared_address(destination.chunk(row, 2 * k + lane_id() / 16));
+  for (int k = 0; k < 4; k++) {
+    int address = first ^ 32 * k;  // chunk 2k instead of chunk 0: the swizzle is an exclusive or, too
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(tile.data[4 * k]), "r"(tile.data[4 * k + 1]), "r"(tile.data[4 * k + 2]),
                  "r"(tile.data[4 * k + 3])

@@ -22,6 +22,9 @@ struct alignas(1024) SharedTile {
   T data[kRows * kCols];
 
   VSA_DEVICE T* panel(int i) { return data + i * kRows * kPanelCols; }
+  VSA_DEVICE SharedTile<T, kRows, kPanelCols>& panel_tile(int i) {
+    return *reinterpret_cast<SharedTile<T, kRows, kPanelCols>*>(panel(i));
+  }
 
   // The 16-byte chunk that holds columns 8 * chunk to 8 * chunk + 7 of `row`; `chunk` counts over all panels.
   VSA_DEVICE uint4* chunk(int row, int chunk) {
@@ -35,7 +38,9 @@ struct alignas(1024) SharedTile {
 template <class Tile>
 VSA_DEVICE void zero_rows(Tile& tile, int first_row, int end_row = Tile::kRows) {
   constexpr int kChunks = Tile::kCols / 8;
-  for (int i = first_row * kChunks + lane_id(); i < end_row * kChunks; i += kWarpThreads) {
+  int lane = lane_id();
+  forget(lane);  // addresses take no register before they are needed
+  for (int i = first_row * kChunks + lane; i < end_row * kChunks; i += kWarpThreads) {
     *tile.chunk(i / kChunks, i % kChunks) = uint4{0, 0, 0, 0};
   }
 }

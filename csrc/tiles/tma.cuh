@@ -34,6 +34,11 @@ VSA_DEVICE void load_async(void* destination, const void* source, uint32_t bytes
   ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, destination, source, bytes, &full.state);
 }
 
+// Adds a run of `bytes` in shared memory to one in global memory, number by number.
+VSA_DEVICE void add_async(float* destination, const float* source, uint32_t bytes) {
+  ptx::cp_reduce_async_bulk(ptx::space_global, ptx::space_shared, ptx::op_add, destination, source, bytes);
+}
+
 VSA_DEVICE void store_commit() { ptx::cp_async_bulk_commit_group(); }
 
 // Until the source of all but the newest kPending stores may be overwritten.
