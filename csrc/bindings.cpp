@@ -98,9 +98,8 @@ FineBackwardArguments fine_backward_arguments(
     const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
     const CubeGrid& q_grid, const CubeGrid& kv_grid, const Schedule& kv_schedule, const Schedule& q_schedule,
     uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t row_terms,
-    uint64_t grad_query_sums, uint64_t choose_by,
-    uint64_t dq_pooled, uint64_t dk_pooled, uint64_t dv_pooled, const CubeGrid& pooled_q_grid,
-    const CubeGrid& pooled_kv_grid, double scale, int num_sms) {
+    uint64_t grad_query_sums, uint64_t choose_by, uint64_t dq_pooled, uint64_t dk_pooled, uint64_t dv_pooled,
+    const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid, double scale, int num_sms) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
                                   grad_key, grad_value, q_grid, kv_grid};
   arguments.kv_schedule = kv_schedule;
@@ -223,9 +222,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,
            "q_schedule"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "delta"_a, "row_terms"_a,
-           "grad_query_sums"_a, "choose_by"_a,
-           "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a,
-           "num_sms"_a);
+           "grad_query_sums"_a, "choose_by"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "pooled_q_grid"_a,
+           "pooled_kv_grid"_a, "scale"_a, "num_sms"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
   m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);
   m.def("plan_start_grad_query", &plan_start_grad_query, "arguments"_a);

@@ -354,21 +354,24 @@ def _differentiate(
         _extension.launch(plan, query)
 
 
-# Of one head's queries, output gradients and sums of dQ: what L2 holds while key blocks from all over the video
-# ask for them.
-_FUSED_HEAD_BYTES = 24 << 20
+# Of one head's queries, output gradients and sums of dQ: what L2 holds of them while key blocks from all over the
+# video ask for them, and while all key blocks go through them side by side (bench/NOTES.md).
+_FUSED_LISTED_BYTES = 24 << 20
+_FUSED_DENSE_BYTES = 36 << 20
 
 
 def _passes(head_dim, q_grid, kv_grid, kv_indices):
-    """Which backward is the fastest (bench/NOTES.md): (two passes, fused pass); both where the lists decide."""
-    if kv_indices is None:
-        return False, True
+    """Which backward is the fastest: (two passes, fused pass); both where the device looks at the lists."""
     blocks, kv_blocks = q_grid.num_cubes, kv_grid.num_cubes
-    if head_dim == 64:
-        fused = blocks * 64 * head_dim * (2 + 2 + 4) <= _FUSED_HEAD_BYTES
+    head_bytes = blocks * 64 * head_dim * (2 + 2 + 4)
+    if kv_indices is not None and head_dim == 64:
+        fused = head_bytes <= _FUSED_LISTED_BYTES
+        return not fused, fused
+    fused = head_bytes <= _FUSED_DENSE_BYTES
+    if kv_indices is None:
         return not fused, fused
     # An index with room for every block may hold every block.
-    return True, kv_indices.shape[3] >= kv_blocks and blocks * kv_blocks < 2**31
+    return True, fused and kv_indices.shape[3] >= kv_blocks
 
 
 def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):

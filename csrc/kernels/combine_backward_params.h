@@ -30,8 +30,9 @@ struct CombineBackwardParams {
 
 constexpr int kCombineRows = 4;  // of a cube, for each thread
 constexpr int combine_threads(int head_dim) { return kCubeTokens * head_dim / 8 / kCombineRows; }
-constexpr int combine_ctas(int head_dim) {
-  return 512 / combine_threads(head_dim);
-}  // an SM, of 128 registers a thread
+// Of an SM: 128 registers a thread, or 80 where only delta is asked for.
+constexpr int combine_ctas(int head_dim, bool plain) {
+  return (plain ? 768 : 512) / combine_threads(head_dim);
+}
 
 }  // namespace vsa

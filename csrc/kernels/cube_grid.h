@@ -74,8 +74,8 @@ struct CubeGrid {
             slot & ((1 << log2_cube.w) - 1)};
   }
 
-  // Raster index of a cube's slot, or -1 where the slot lies outside the video. Fewer than 2^25 cubes, so that
-  // it fits an int.
+  // Raster index of a cube's slot, or -1 where the slot lies outside the video. Fewer than 2^25 cubes, so
+  // that it fits an int.
   VSA_HOST_DEVICE int64_t token(Extent3 origin, int slot) const {
     Extent3 offset = slot_offset(slot);
     Extent3 at = {origin.t + offset.t, origin.h + offset.h, origin.w + offset.w};

@@ -86,8 +86,8 @@ VSA_DEVICE Task fine_backward_task(const FineBackwardParams& params, int index) 
 template <class Kernel>
 VSA_DEVICE typename Kernel::Run fine_backward_run(const FineBackwardParams& params, const Task& task,
                                                   int index) {
-  return stage_run<Kernel::kConsumers, Kernel::kStageBlocks, Kernel::kListed>(params.schedule, Kernel::grid(params),
-                                                             Kernel::listed(params), task, index);
+  return stage_run<Kernel::kConsumers, Kernel::kStageBlocks, Kernel::kListed>(
+      params.schedule, Kernel::grid(params), Kernel::listed(params), task, index);
 }
 
 // The warp that loads the tiles which consumers keep.
@@ -217,8 +217,9 @@ VSA_DEVICE void store_grad_query(FloatTile<kHeadDim>& grad_query, const FineBack
 
 // A consumer's way through one task. What is the pass's own: begin() sets its registers; step() works on a
 // stage, of which its last product may stay pending (kPends); wait<n>() waits for that, until at most n later
-// ones are unfinished, and settled() gives back what it read; leave() ends what a task shares with the other
-// consumer's; store() writes the gradients. kReleasesResident: the last step gives the resident tiles back.
+// ones are unfinished, and settled() gives back what it read; enter() begins where all resident tiles are
+// there, leave() ends what a task shares with the other consumer's; store() writes the gradients.
+// kReleasesResident: the last step gives the resident tiles back.
 template <class Kernel>
 struct FineBackwardConsumer {
   typename Kernel::Shared& shared;
@@ -275,7 +276,13 @@ VSA_DEVICE void fine_backward_attend(FineBackwardConsumer<Kernel>& self, const N
   self.pass.begin(self.params, task, task.block(Kernel::grid(self.params), exists ? self.consumer : 0),
                   exists);
   shared.resident_full[self.consumer].wait(next.phase);
-  bool ended = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
+  if (__any_sync(0xffffffffu, exists)) self.pass.enter(self, position);
+  bool ended = true;
+  if constexpr (Kernel::kListed) {
+    ended = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
+  } else {
+    walk_all_stages<Kernel::kConsumers>(self, run, task, position);
+  }
   self.finish();
   self.pass.leave(self);
   if (!ended || !Kernel::Pass::kReleasesResident) self.release_resident();

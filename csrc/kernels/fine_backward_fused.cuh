@@ -3,8 +3,8 @@
 // As the key pass (fine_backward_kv.cuh), and dQ += dS K besides: S and dP are computed once for all three, 5
 // matrix products. dS goes through shared memory, where its other operand lies; a 64 x 64 tile of dQ at a
 // time is written from registers to shared memory, and added to global memory by the copy engine. Of a stage
-// that both consumers chose each computes one tile, over the keys of both: its half of the columns at head_dim
-// 128, its block of queries at head_dim 64. Of other stages the member computes both. Stage i:
+// that both consumers chose each computes one tile, over the keys of both: its half of the columns at
+// head_dim 128, its block of queries at head_dim 64. Of other stages the member computes both. Stage i:
 //
 //   tensor cores   | S(i) | dP(i) - delta | dV += P(i)^T dO | dK += dS(i)^T Q | dQ(i)    |
 //   consumer       |      | P(i) -------- | dS(i) --------- | both dS there?  | release  | add dQ(i)
@@ -12,9 +12,9 @@
 // The other consumer's products fill the gaps.
 //
 // Named barriers of a stage that both chose: both dS are there (kBothReady); a consumer's dS and K have been
-// read by the other (kFree + consumer), which the other announces once its dQ is done, and the consumer awaits
-// before it writes its next dS or gives K back. Nobody holds back a tile of a ring while it waits, but those of
-// the stage itself.
+// read by the other (kFree + consumer), which the other announces once its dQ is done, and the consumer
+// awaits before it writes its next dS or gives K back. Nobody holds back a tile of a ring while it waits, but
+// those of the stage itself.
 //
 // Which of two sums comes first changes from run to run, and with it the last bits of dQ. At head_dim 128 the
 // kernel takes no lists, which keeps it within its registers: it would lose to the two passes on them (L2 has
@@ -51,8 +51,8 @@ template <class Kernel>
 struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
   using Base = FineBackwardKvPass<Kernel>;
   using Consumer = FineBackwardConsumer<Kernel>;
-  using typename Base::Scores;
   using Base::grad_key, Base::grad_scores, Base::grad_value, Base::kBlocks, Base::probabilities;
+  using typename Base::Scores;
   static constexpr bool kPends = false;
   static constexpr bool kReleasesResident = false;  // the other consumer reads K, too
   static constexpr int kPanels = Kernel::kHeadDim / 64;
@@ -60,7 +60,10 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
   static constexpr int kBothReady = 1, kOwnReady = 2, kFree = kOwnReady + kBackwardConsumers;
   static constexpr int kBothThreads = kBackwardConsumers * kWarpgroupThreads;
   using GradQueryTile = FloatTile<64>;
+  // Scores of the next stage are made while dQ of this one is added: where it is known which one is next.
+  static constexpr bool kAhead = !Kernel::kListed;
 
+  Scores ahead;         // of the stage to come, where kAhead
   RowVector key_shift;  // -inf for a pad
   bool both;            // the other consumer takes part in the stage before
 
@@ -76,6 +79,14 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
     }
   }
 
+  VSA_DEVICE void enter(Consumer& self, uint32_t position) {
+    if constexpr (kAhead) {
+      Scores scores;
+      make_scores(self, scores, position);
+      mma_wait<0>(scores);
+      ahead = scores;
+    }
+  }
   VSA_DEVICE void leave(Consumer& self) {
     await_free(self);
     if (lane_id() == 0) store_wait_read<0>();
@@ -87,17 +98,17 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
     auto &queries = shared.first.tile(at.position), &grad_outs = shared.second.tile(at.position);
     auto& extra = shared.first.extra(at.position);
     Scores scores, grads;
-    shared.first.await(at.position);
-    mma_fence();
-    mma_terms(scores, shared.own.lse, extra.blocks);
-    mma_ABt(scores, resident.first, queries, true);
-    mma_commit();
+    if constexpr (kAhead) {
+      scores = ahead;
+    } else {
+      make_scores(self, scores, at.position);
+    }
     shared.second.await(at.position);
     mma_fence();
     mma_terms(grads, shared.own.delta, extra.blocks);
     mma_ABt(grads, resident.second, grad_outs, true);
     mma_commit();
-    mma_wait<1>(scores);
+    if constexpr (!kAhead) mma_wait<1>(scores);
     this->template block_step<0>(self, scores, grads, key_shift, queries, grad_outs);
     // A padded stage's second block is its first one again: it counts for nothing.
     if constexpr (kBlocks == 2) {
@@ -115,24 +126,30 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
       multiply(grad_query, self, self.consumer, 0, false);
       multiply(grad_query, self, self.consumer, 1, true);
       mma_commit();
-      release(self, at.position);
-      mma_wait<0>(grad_query);
+      go_on(self, at);
+      mma_wait<kAhead ? 1 : 0>(grad_query);
       named_barrier_arrive(kFree + 1 - self.consumer, kBothThreads);
       add(self, grad_query, place);
     } else {
       // A padded stage's second tile adds zeros.
       named_barrier_sync(kOwnReady + self.consumer, kWarpgroupThreads);
       int64_t places[2] = {extra.place(0, kPanels), extra.place(1, kPanels)};
-#pragma unroll
-      for (int tile = 0; tile < 2; tile++) {
-        GradQueryTile grad_query;
-        mma_fence();
-        multiply(grad_query, self, tile, self.consumer, false);
-        mma_commit();
-        if (tile == 0) release(self, at.position);
-        mma_wait<0>(grad_query);
-        add(self, grad_query, places[tile]);
-      }
+      GradQueryTile first, second;
+      mma_fence();
+      multiply(first, self, 0, self.consumer, false);
+      mma_commit();
+      mma_wait<0>(first);
+      add(self, first, places[0]);
+      mma_fence();
+      multiply(second, self, 1, self.consumer, false);
+      mma_commit();
+      go_on(self, at);
+      mma_wait<kAhead ? 1 : 0>(second);
+      add(self, second, places[1]);
+    }
+    if constexpr (kAhead) {
+      mma_wait<0>(ahead);
+      shared.first.release(at.position);
     }
   }
 
@@ -150,16 +167,32 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
     both = false;
   }
 
-  // A stage's tiles, when no product but that of dQ is unfinished.
-  VSA_DEVICE void release(Consumer& self, uint32_t position) {
+  VSA_DEVICE void make_scores(Consumer& self, Scores& scores, uint32_t position) {
+    typename Kernel::Shared& shared = self.shared;
+    shared.first.await(position);
+    mma_fence();
+    mma_terms(scores, shared.own.lse, shared.first.extra(position).blocks);
+    mma_ABt(scores, shared.resident[self.consumer].first, shared.first.tile(position), true);
+    mma_commit();
+  }
+
+  // While no product but dQ's is unfinished.
+  VSA_DEVICE void go_on(Consumer& self, const StageAt& at) {
     mma_wait<1>(grad_value, grad_key);
 #pragma unroll
     for (int i = 0; i < kBlocks; i++) {
       pin(probabilities[i]);
       pin(grad_scores[i]);
     }
-    self.shared.first.release(position);
-    self.shared.second.release(position);
+    self.shared.second.release(at.position);
+    if constexpr (kAhead) {
+      // After the last stage its own scores again, for nothing: a branch would serialise the products.
+      Scores scores;
+      make_scores(self, scores, at.last ? at.position : at.position + 1);
+      ahead = scores;
+    } else {
+      self.shared.first.release(at.position);
+    }
   }
 
   // A stage's tile number `tile` of dQ, over the keys of `consumer`.
@@ -184,8 +217,7 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
     fence_async_shared();  // the copy engine reads them
     __syncwarp();
     if (lane_id() == 0) {
-      float* to =
-          self.params.grad_query_sums + place * kGradQueryTile + warp_in_warpgroup() * kWarpFloats;
+      float* to = self.params.grad_query_sums + place * kGradQueryTile + warp_in_warpgroup() * kWarpFloats;
       add_async(to, reinterpret_cast<const float*>(sums), kWarpFloats * sizeof(float));
       store_commit();
     }
@@ -193,11 +225,10 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
 };
 
 template <int kHeadDim, class T>
-struct FineBackwardFused
-    : FineBackwardKeys<kHeadDim, T, fine_backward_fused_stages(kHeadDim),
-                       ListedQueryTerms<fine_backward_kv_stage_blocks(kHeadDim)>,
-                       FineBackwardFusedOwn<T, fine_backward_kv_stage_blocks(kHeadDim)>,
-                       fine_backward_fused_takes_lists(kHeadDim)> {
+struct FineBackwardFused : FineBackwardKeys<kHeadDim, T, fine_backward_fused_stages(kHeadDim),
+                                            ListedQueryTerms<fine_backward_kv_stage_blocks(kHeadDim)>,
+                                            FineBackwardFusedOwn<T, fine_backward_kv_stage_blocks(kHeadDim)>,
+                                            fine_backward_fused_takes_lists(kHeadDim)> {
   using Pass = FineBackwardFusedPass<FineBackwardFused>;
   static constexpr int kHeldStages = fine_backward_fused_stages(kHeadDim).first;
   static constexpr bool kClearsResident = true;

@@ -1,6 +1,6 @@
 // What the passes of the backward that keep key cubes load: K and V of a consumer's cube, and of the query
-// cubes that chose it, in the first ring Q with the queries' terms (row_terms.cuh), in the second dO. Rows are
-// keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta,
+// cubes that chose it, in the first ring Q with the queries' terms (row_terms.cuh), in the second dO. Rows
+// are keys: S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are matrix operands in registers; LSE and delta,
 // which lie across the lanes then, come in as products.
 #pragma once
 
@@ -58,8 +58,7 @@ struct FineBackwardKeys
 
   template <class Kernel>
   VSA_DEVICE static void load_resident(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    fine_backward_load_resident<Kernel>(shared, {maps.key, params.key}, {maps.value, params.value},
-                                                params);
+    fine_backward_load_resident<Kernel>(shared, {maps.key, params.key}, {maps.value, params.value}, params);
   }
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,

@@ -93,6 +93,7 @@ struct FineBackwardKvPass {
     mma_commit();
   }
 
+  VSA_DEVICE void enter(FineBackwardConsumer<Kernel>&, uint32_t) {}
   VSA_DEVICE void leave(FineBackwardConsumer<Kernel>&) {}
   template <int kBlock>
   VSA_DEVICE void publish(FineBackwardConsumer<Kernel>&) {}

@@ -73,7 +73,8 @@ constexpr int kTaskQueueBytes = 40 + 4 * kTaskQueueWarps;
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,
                                          int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
-  return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kBarrierBytes + kTaskQueueBytes + own_bytes +
+  return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kBarrierBytes + kTaskQueueBytes +
+                      own_bytes +
                       tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
                       tile_ring_bytes(stage_blocks * tile, stages.second, 0),
                   kTileAlignment);
@@ -91,7 +92,6 @@ constexpr int fine_backward_kv_shared_bytes(int head_dim) {
                                     kTermSelectorsBytes);
 }
 
-
 // Of the fused pass: a consumer's dS of a stage, and a 64 x 64 tile of what it adds to dQ.
 constexpr int kGradQueryTile = kCubeTokens * 64;  // fp32, in the order of a consumer's registers
 constexpr int kGradQueryThreads = 128;            // of the kernels before and after it
@@ -99,10 +99,9 @@ constexpr int kListedBlocksBytes = 16;            // of a stage
 constexpr int fine_backward_fused_shared_bytes(int head_dim) {
   int blocks = fine_backward_kv_stage_blocks(head_dim);
   int own = blocks * kCubeTokens * 64 * kHalfBytes + kGradQueryTile * 4;
-  return fine_backward_shared_bytes(
-      head_dim, blocks, fine_backward_fused_stages(head_dim),
-      kCubeTokens * kRowTermsBytes + kListedBlocksBytes / blocks,
-      round_up(kTermSelectorsBytes, kTileAlignment) + kBackwardConsumers * own);
+  return fine_backward_shared_bytes(head_dim, blocks, fine_backward_fused_stages(head_dim),
+                                    kCubeTokens * kRowTermsBytes + kListedBlocksBytes / blocks,
+                                    round_up(kTermSelectorsBytes, kTileAlignment) + kBackwardConsumers * own);
 }
 
 }  // namespace vsa

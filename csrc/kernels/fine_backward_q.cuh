@@ -84,6 +84,7 @@ struct FineBackwardQPass {
     mma_commit();
   }
 
+  VSA_DEVICE void enter(FineBackwardConsumer<Kernel>&, uint32_t) {}
   VSA_DEVICE void leave(FineBackwardConsumer<Kernel>&) {}
   VSA_DEVICE void store(const FineBackwardParams& params, const CubeAddress& address, int block) {
     store_grad_query<T>(grad_query, params, address, block);

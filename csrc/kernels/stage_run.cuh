@@ -57,7 +57,7 @@ struct StageRun {
 
 template <int kConsumers, int kBlocks, bool kListed = true>
 VSA_DEVICE StageRun<kBlocks, kListed> stage_run(const Schedule& schedule, const CubeGrid& grid,
-                                       const ListedBlocks& blocks, const Task& task, int index) {
+                                                const ListedBlocks& blocks, const Task& task, int index) {
   StageRun<kBlocks, kListed> run{schedule, blocks};
   if (kListed && schedule.stages) {
     run.places = stage_places<kConsumers, kBlocks>(schedule, grid, task, index);

@@ -10,8 +10,8 @@ namespace vsa {
 struct TaskQueue {
   static constexpr int kPlaces = 2;
   int index[kPlaces];
-  Barrier full[kPlaces];   // an arrival by the fetching warp
-  Barrier empty[kPlaces];  // an arrival by each reading warp
+  Barrier full[kPlaces];            // an arrival by the fetching warp
+  Barrier empty[kPlaces];           // an arrival by each reading warp
   uint32_t taken[kTaskQueueWarps];  // by each warp of the CTA; here because consumers have no register for it
 
   // One thread, before fence_barrier_init and __syncthreads.

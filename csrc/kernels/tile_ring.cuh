@@ -160,8 +160,7 @@ struct StageAt {
 // run.load(lane); `position` that of the task's first stage, then of the next task's. By vote: the compiler
 // then knows that the warp stays whole. Whether there was a last one.
 template <int kConsumers, class Run, class Consumer, class Mark>
-VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32_t& position,
-                            Mark mark) {
+VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32_t& position, Mark mark) {
   bool ended = false;
   for (int base = 0; __any_sync(0xffffffffu, base < run.count); base += kWarpThreads) {
     uint32_t members = stage_members(window);
@@ -181,6 +180,21 @@ VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32
     position += min(kWarpThreads, run.count - base);
   }
   return ended;
+}
+
+// Where there are no lists, and a stage is one block: every stage is one of all consumers of a task.
+template <int kConsumers, class Run, class Consumer>
+VSA_DEVICE void walk_all_stages(Consumer& self, const Run& run, const Task& task, uint32_t& position) {
+  bool shared = __any_sync(0xffffffffu, task.blocks == kConsumers);
+  if (__any_sync(0xffffffffu, self.consumer < task.blocks)) {
+    for (int i = 0; __any_sync(0xffffffffu, i < run.count); i++) {
+      bool last = __any_sync(0xffffffffu, i + 1 == run.count);
+      self.step(StageAt{position + i, i, shared, false, last});
+    }
+  } else {
+    for (int i = 0; i < run.count; i += kRingVisits) self.visit(position + i);
+  }
+  position += run.count;
 }
 
 }  // namespace vsa

@@ -22,9 +22,13 @@ namespace vsa {
 // Defined in the instantiation files beside this one.
 extern "C" {
 __global__ void combine_backward_d64_bf16(CombineBackwardParams);
+__global__ void combine_backward_d64_bf16_plain(CombineBackwardParams);
 __global__ void combine_backward_d64_fp16(CombineBackwardParams);
+__global__ void combine_backward_d64_fp16_plain(CombineBackwardParams);
 __global__ void combine_backward_d128_bf16(CombineBackwardParams);
+__global__ void combine_backward_d128_bf16_plain(CombineBackwardParams);
 __global__ void combine_backward_d128_fp16(CombineBackwardParams);
+__global__ void combine_backward_d128_fp16_plain(CombineBackwardParams);
 __global__ void fine_backward_fused_d64_bf16(FineBackwardKeysMaps, FineBackwardParams);
 __global__ void fine_backward_fused_d64_fp16(FineBackwardKeysMaps, FineBackwardParams);
 __global__ void fine_backward_fused_d128_bf16(FineBackwardKeysMaps, FineBackwardParams);
@@ -76,9 +80,13 @@ using Kernels = std::map<std::string, const void*>;
 const Kernels& kernels() {
   static const Kernels all = {
       {"combine_backward_d64_bf16", reinterpret_cast<const void*>(combine_backward_d64_bf16)},
+      {"combine_backward_d64_bf16_plain", reinterpret_cast<const void*>(combine_backward_d64_bf16_plain)},
       {"combine_backward_d64_fp16", reinterpret_cast<const void*>(combine_backward_d64_fp16)},
+      {"combine_backward_d64_fp16_plain", reinterpret_cast<const void*>(combine_backward_d64_fp16_plain)},
       {"combine_backward_d128_bf16", reinterpret_cast<const void*>(combine_backward_d128_bf16)},
+      {"combine_backward_d128_bf16_plain", reinterpret_cast<const void*>(combine_backward_d128_bf16_plain)},
       {"combine_backward_d128_fp16", reinterpret_cast<const void*>(combine_backward_d128_fp16)},
+      {"combine_backward_d128_fp16_plain", reinterpret_cast<const void*>(combine_backward_d128_fp16_plain)},
       {"fine_backward_fused_d64_bf16", reinterpret_cast<const void*>(fine_backward_fused_d64_bf16)},
       {"fine_backward_fused_d64_fp16", reinterpret_cast<const void*>(fine_backward_fused_d64_fp16)},
       {"fine_backward_fused_d128_bf16", reinterpret_cast<const void*>(fine_backward_fused_d128_bf16)},

@@ -13,6 +13,8 @@ bool has_vector_rows(const Gate& gate) {
   return aligned;
 }
 
+bool is_one(const Gate& gate) { return !gate.values && !gate.scalar && gate.factor == 1.0f; }
+
 }  // namespace
 
 LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
@@ -53,6 +55,9 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
 
   LaunchPlan plan;
   plan.kernel = kernel_name("combine_backward", grad_out.head_dim, grad_out.type);
+  bool gradients = params.grad_fine || params.grad_gate_fine || params.grad_gate_coarse ||
+                   params.scalar_fine || params.scalar_coarse;
+  if (is_one(params.gate_fine) && !params.coarse && !gradients) plan.kernel += "_plain";
   plan.set_params(params);
   plan.grid[0] = checked_grid(int64_t(arguments.coarse_grid.num_cubes()) * grad_out.heads * grad_out.batch,
                               "combine_backward");

@@ -112,17 +112,18 @@ void add_grad_query(FineBackwardParams& params, const FineBackwardArguments& arg
 }
 
 void check_grad_query_sums(const FineBackwardArguments& arguments) {
-  check_argument(arguments.grad_query_sums != 0 && arguments.grad_query_sums % 16 == 0,
-                 "grad_query_sums: got an address that is null or not 16-byte aligned, expected device memory");
+  check_argument(
+      arguments.grad_query_sums != 0 && arguments.grad_query_sums % 16 == 0,
+      "grad_query_sums: got an address that is null or not 16-byte aligned, expected device memory");
 }
 
 // A CTA a query block of a head.
 void set_query_blocks(LaunchPlan& plan, const FineBackwardParams& params,
                       const FineBackwardArguments& arguments) {
   check_grad_query_sums(arguments);
-  plan.grid[0] = checked_grid(
-      int64_t(arguments.q_grid.num_cubes()) * arguments.query.heads * arguments.query.batch,
-      plan.kernel.c_str());
+  plan.grid[0] =
+      checked_grid(int64_t(arguments.q_grid.num_cubes()) * arguments.query.heads * arguments.query.batch,
+                   plan.kernel.c_str());
   plan.block[0] = kGradQueryThreads;
   plan.set_params(params);
 }

@@ -12,10 +12,10 @@ struct FineBackwardArguments {
   Schedule kv_schedule{}, q_schedule{};         // made for either pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks]
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
-  uint64_t row_terms = 0;        // 16 bytes [batch, heads, num_q_blocks, 64], what is launched first writes them
+  uint64_t row_terms = 0;  // 16 bytes [batch, heads, num_q_blocks, 64], what is launched first writes them
   uint64_t grad_query_sums = 0;  // fp32 [batch, heads, num_q_blocks, 64, head_dim], of the fused pass
-  // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours run only if
-  // all pairs of blocks are listed, the two passes only if not. 0: what is launched runs.
+  // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours run
+  // only if all pairs of blocks are listed, the two passes only if not. 0: what is launched runs.
   uint64_t choose_by = 0;
   // [batch, heads, cubes, head_dim] packed, the query's type
   uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;
