@@ -355,23 +355,19 @@ def _differentiate(
 
 
 # Of one head's queries, output gradients and sums of dQ: what L2 holds of them while key blocks from all over the
-# video ask for them, and while all key blocks go through them side by side (bench/NOTES.md).
+# video ask for them (bench/NOTES.md). With every pair of blocks all key blocks go through them side by side.
 _FUSED_LISTED_BYTES = 24 << 20
-_FUSED_DENSE_BYTES = 36 << 20
 
 
 def _passes(head_dim, q_grid, kv_grid, kv_indices):
     """Which backward is the fastest: (two passes, fused pass); both where the device looks at the lists."""
-    blocks, kv_blocks = q_grid.num_cubes, kv_grid.num_cubes
-    head_bytes = blocks * 64 * head_dim * (2 + 2 + 4)
-    if kv_indices is not None and head_dim == 64:
-        fused = head_bytes <= _FUSED_LISTED_BYTES
-        return not fused, fused
-    fused = head_bytes <= _FUSED_DENSE_BYTES
     if kv_indices is None:
-        return not fused, fused
+        return False, True
+    if head_dim == 64 and q_grid.num_cubes * 64 * head_dim * (2 + 2 + 4) <= _FUSED_LISTED_BYTES:
+        return False, True
     # An index with room for every block may hold every block.
-    return True, fused and kv_indices.shape[3] >= kv_blocks
+    pairs = q_grid.num_cubes * kv_grid.num_cubes
+    return True, kv_indices.shape[3] >= kv_grid.num_cubes and pairs < 2**31
 
 
 def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):
