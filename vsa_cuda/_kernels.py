@@ -354,8 +354,8 @@ def _differentiate(
         _extension.launch(plan, query)
 
 
-# Of one head's queries, output gradients and sums of dQ: what L2 holds of them while key blocks from all over the
-# video ask for them (bench/NOTES.md). With every pair of blocks all key blocks go through them side by side.
+# Of one head's queries, output gradients and sums of dQ: what L2 holds of them while key blocks from all over
+# the video ask for them (bench/NOTES.md). With every pair of blocks all keys go through them side by side.
 _FUSED_LISTED_BYTES = 24 << 20
 
 
