@@ -55,8 +55,8 @@ def video_sparse_attention(
         cube: (t, h, w) in tokens, of volume 64.
         scale: factor of the scores, above 0; head_dim**-0.5 by default.
         layout: "bshd" or "bhsd", of query, key, value, tensor gates and the result.
-        deterministic: True gives bitwise repeatable gradients; None follows
-            torch.are_deterministic_algorithms_enabled(). The forward always is.
+        deterministic: True gives bitwise repeatable gradients (two passes without atomic sums, where one may
+            be faster); None follows torch.are_deterministic_algorithms_enabled(). The forward always is.
         return_selection: return the selected cubes as well.
 
     Under torch.compile, `sparsity` and float gates are constants, a new value compiles again: schedule with
