@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fine_stage import BOTH, FUSED, TWO_PASSES
-from host_plans import NUM_SMS, SHARED_LIMIT, recorded_plans, stems
+from host_plans import BASE, SHARED_LIMIT, fine_backward_arguments, recorded_plans, stems
 from vsa_cuda import _extension, _kernels
 from vsa_cuda.geometry import CubeGrid
 
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to test"
 )
 
-BASE = 1 << 20  # where the memory of these tests would lie; nothing is read
 KERNELS_OF = {
     TWO_PASSES: ["fine_backward_q", "fine_backward_kv"],
     FUSED: ["start_grad_query", "fine_backward_fused", "finish_grad_query"],
@@ -113,26 +112,10 @@ def test_sums_are_allocated_for_the_fused_pass_only(width, head_dim, determinist
 # Plans.
 
 
-def backward_plans(
-    video=(9, 7, 6), head_dim=128, heads=3, batch=2, dtype="bfloat16", only=PLANNED, **changes
-):
+def backward_plans(*video, only=PLANNED, **changes):
     """Plans of `only`; no lists."""
-    C = _extension.load()
-    grid = C.CubeGrid(video_shape=video, cube=(4, 4, 4))
-    tokens = video[0] * video[1] * video[2]
-    strides = (tokens * heads * head_dim, heads * head_dim, head_dim, 1)
-    shape = (batch, tokens, heads, head_dim)
-    tensor = C.TokenTensor(address=BASE, shape=shape, strides=strides, dtype=dtype)
-    arguments = {
-        "kv_schedule": C.Schedule(), "q_schedule": C.Schedule(), "scale": 0.1, "lse": BASE, "delta": BASE,
-        "row_terms": BASE, "grad_query_sums": BASE, "num_sms": NUM_SMS,
-    }  # fmt: skip
-    grids = ("q_grid", "kv_grid", "pooled_q_grid", "pooled_kv_grid")
-    tensors = ("query", "key", "value", "grad_out", "grad_query", "grad_key", "grad_value")
-    optional = ("block_sizes", "q_block_sizes", "dq_pooled", "dk_pooled", "dv_pooled", "choose_by")
-    arguments |= dict.fromkeys(grids, grid) | dict.fromkeys(tensors, tensor) | dict.fromkeys(optional, 0)
-    arguments = C.FineBackwardArguments(**(arguments | changes))
-    return [getattr(C, name)(arguments) for name in only]
+    arguments = fine_backward_arguments(*video, **changes)
+    return [getattr(_extension.load(), name)(arguments) for name in only]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

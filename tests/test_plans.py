@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from host_plans import NUM_SMS, SHARED_LIMIT, recorded_plans, stems
+from host_plans import BASE, NUM_SMS, SHARED_LIMIT, recorded_plans, stems
 from vsa_cuda import _extension, _kernels
 from vsa_cuda.geometry import CubeGrid
 
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to test"
 )
 
-BASE = 1 << 20  # where the tensors of these tests would lie; nothing is read
 LAYOUTS = ["bshd", "bhsd", "packed", "sliced"]
 
 
