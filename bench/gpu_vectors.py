@@ -10,6 +10,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,38 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class FusedBackward:
+    """The backward in one pass, of all pairs of blocks. No dQ is a sum of more than one part."""
+
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def inputs(self) -> Values:
+        generator = numpy.random.default_rng(0)
+        blocks = CubeGrid.linear(self.tokens).num_cubes
+        tokens, rows = (1, self.tokens, self.heads, self.head_dim), (1, self.heads, blocks, 64)
+        values = {
+            name: _normal(generator, tokens, self.dtype) for name in ("grad_fine", "query", "key", "value")
+        }
+        values["lse"] = math.log(self.tokens) + 0.1 * _normal(generator, rows, torch.float32)
+        values["lse"].view(1, self.heads, -1)[..., self.tokens :] = torch.inf
+        values["delta"] = _normal(generator, rows, torch.float32)
+        return values
+
+    def steps(self) -> list[Step]:
+        shape, cube = (1, 1, self.tokens), (1, 1, 64)
+
+        def arguments(values):
+            inputs = (values[name] for name in ("grad_fine", "query", "key", "value", "lse", "delta"))
+            return *inputs, *(None,) * 9, shape, shape, cube, cube, self.head_dim**-0.5, False
+
+        return [Step(_kernels.fine_backward, arguments, ("dq", "dk", "dv"))]
+
+
+@dataclass(frozen=True)
 class Selection:
     """Selection alone. With `ties` every score is exact in fp32, and most are shared by several keys."""
 
@@ -151,6 +184,11 @@ CASES = [
     Attention("d128-fp16", (5, 4, 5), 1, 128, FP16, 3),
     Attention("d64-bf16", (9, 4, 3), 2, 64, BF16, 2),
     Attention("d64-fp16", (5, 4, 5), 1, 64, FP16, 3),
+    *(
+        FusedBackward(f"fused-d{head_dim}-{name}", 90, 1, head_dim, dtype)
+        for head_dim in (64, 128)
+        for name, dtype in (("bf16", BF16), ("fp16", FP16))
+    ),
     Selection("select-d64-bf16", 2, 130, 64, BF16, 9, ties=False),
     Selection("select-d64-fp16", 2, 130, 64, FP16, 40, ties=True),
     Selection("select-d128-bf16", 1, 130, 128, BF16, 40, ties=True),

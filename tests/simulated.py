@@ -24,7 +24,7 @@ def kernel_ptx(kernel: str) -> str:
 
 
 class SimulatedDevice:
-    """Global memory and launches of one context; `reports` has a simulator.Report for each launch."""
+    """Global memory and launches of one context; `reports` has a simulator.Report of each of `kernels`."""
 
     def __init__(self, inputs, seed):
         self.seed = seed
@@ -32,7 +32,12 @@ class SimulatedDevice:
         self.allocated = []
         self.written = set()
         self.unwritten = {}
-        self.reports = []
+        self.kernels, self.reports = [], []
+
+    def report(self, stem):
+        """Of the one launch of a kernel whose name begins so."""
+        (index,) = (i for i, kernel in enumerate(self.kernels) if kernel.startswith(stem))
+        return self.reports[index]
 
     def launch(self, plan, tensor):
         memory = [_storage(x) for x in _distinct(self.inputs)]
@@ -40,6 +45,7 @@ class SimulatedDevice:
         first_output = len(memory)
         memory += [_storage(x) if x.data_ptr() in self.written else (_storage(x), "w") for x in fresh]
         report = simulate(kernel_ptx(plan.kernel), plan, memory, seed=self.seed)
+        self.kernels.append(plan.kernel)
         self.reports.append(report)
         for index, x in enumerate(fresh, start=first_output):
             if x.data_ptr() in self.written:
@@ -82,10 +88,15 @@ def simulated_device(*inputs, seed=0):
         yield device
 
 
-def run_simulated(function, *arguments, seed=0):
-    """function(*arguments) with its launches in the simulator; every byte of its results must be written."""
+def run_simulated(function, *arguments, seed=0, devices=None):
+    """function(*arguments) with its launches in the simulator; every byte of its results must be written.
+
+    Its SimulatedDevice is appended to the list `devices`.
+    """
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     with simulated_device(*tensors, seed=seed) as device:
         results = function(*arguments)
     device.assert_written(*(x for x in results if x.dim() and x.numel()))
+    if devices is not None:
+        devices.append(device)
     return results

@@ -15,6 +15,7 @@ from vsa_cuda import _extension
 VECTORS = Path(__file__).parents[1] / "bench" / "results" / "gpu_vectors.npz"
 CASES = {case.name: case for case in gpu_vectors.CASES}
 SMALL = "d64-fp16"
+OWN = (SMALL, "fused-d64-fp16", "fused-d128-bf16", "select-d64-bf16")
 
 pytestmark = [
     pytest.mark.simulator,
@@ -105,7 +106,7 @@ def test_simulator_agrees_with_the_gpu(case, seed):
 def own_vector(tmp_path_factory):
     """(path, outputs) of the cases that the tests below doctor."""
     path = tmp_path_factory.mktemp("vectors") / "own.npz"
-    outputs = {name: gpu_vectors.run(CASES[name], run_simulated) for name in (SMALL, "select-d64-bf16")}
+    outputs = {name: gpu_vectors.run(CASES[name], run_simulated) for name in OWN}
     gpu_vectors.save(path, outputs, {})
     return path, outputs
 

@@ -1,13 +1,12 @@
 """Host plans without a GPU: tensor maps over any layout, coordinates, grids, and errors."""
 
-import contextlib
 import math
 import struct
-from unittest import mock
 
 import pytest
 import torch
 
+from host_plans import BASE, NUM_SMS, SHARED_LIMIT, recorded_plans, stems
 from vsa_cuda import _extension, _kernels
 from vsa_cuda.geometry import CubeGrid
 
@@ -15,8 +14,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to test"
 )
 
-BASE = 1 << 20  # where the tensors of these tests would lie; nothing is read
-SHARED_LIMIT = 227 * 1024
 LAYOUTS = ["bshd", "bhsd", "packed", "sliced"]
 
 
@@ -49,9 +46,6 @@ def contiguous(batch=1, tokens=64, heads=1, head_dim=128, **changes):
 
 def host_grid(video_shape, cube=(4, 4, 4)):
     return _extension.load().CubeGrid(video_shape=video_shape, cube=cube)
-
-
-NUM_SMS = 132
 
 
 def plan_pool(tensors, video_shape, cube=(4, 4, 4), outputs=(16, 32, 48)):
@@ -309,17 +303,6 @@ def test_grid_errors(video_shape, cube, message):
         host_grid(video_shape, cube)
 
 
-@contextlib.contextmanager
-def recorded_plans():
-    """The plans of what _kernels would launch on an H200."""
-    plans = []
-    with (
-        mock.patch.object(_extension, "launch", lambda plan, tensor: plans.append(plan)),
-        mock.patch.object(_extension, "num_sms", lambda device: 132),
-    ):
-        yield plans
-
-
 def test_plans_of_the_forward_ops_are_launchable():
     """Every plan of the forward obeys the hardware's limits and names a kernel of this binary."""
     video_shape, cube, scale = (5, 6, 7), (4, 4, 4), 0.125
@@ -331,8 +314,7 @@ def test_plans_of_the_forward_ops_are_launchable():
             query, key, value, counts, indices, None, None, None, None, None, 1.0, 0.0, video_shape,
             video_shape, cube, cube, scale, True,
         )  # fmt: skip
-    stems = [plan.kernel.split("_d128")[0] for plan in plans]
-    assert stems == ["pool", "fine_forward", "select_small", "schedule_pairs_of_2", "fine_forward"]
+    assert stems(plans) == ["pool", "fine_forward", "select_small", "schedule_pairs_of_2", "fine_forward"]
     for plan in plans:
         assert plan.kernel in _extension.load().kernel_names()
         assert 1 <= plan.grid[0] < 1 << 31 and plan.grid[1:] == (1, 1) and plan.cluster == (1, 1, 1)
@@ -372,7 +354,7 @@ def test_plans_of_dense_attention():
         _kernels.fine_backward(*backward)
     assert counts.shape == indices.shape == (0,)
     assert lse.shape == delta.shape == (2, 3, 5, 64) and grad_coarse.shape == (2, 3, 12, 128)
-    assert [(plan.kernel.split("_d128")[0], plan.grid[0]) for plan in plans] == [
+    assert list(zip(stems(plans), [plan.grid[0] for plan in plans], strict=True)) == [
         ("pool", 3 * 2 * 3 * 12),
         ("fine_forward", 2 * 3),  # 12 pooled tokens are one block
         ("fine_forward", 2 * 3 * 3),  # blocks in pairs

@@ -42,11 +42,11 @@ def launch_every_kernel(heads, head_dim, dtype):
     _kernels.select(*pooled[:2], topk, scale, "plan_select_large")
     most_small = torch.zeros(1, 12, 512, head_dim, dtype=dtype)  # CTAs with the most rows
     _kernels.select(most_small, most_small, topk, scale)
-    q_offsets, q_indices = _kernels.transpose_index(counts, indices, 8)
-    for deterministic in (False, True):
+    lists = counts, indices, *_kernels.transpose_index(counts, indices, 8)
+    for index, deterministic in ((lists, True), (lists, False), ((None,) * 4, False)):
         _kernels.fine_backward(
-            q, q, q, q, fine_lse, fine_lse, counts, indices, q_offsets, q_indices, None, None,
-            None, None, None, *shapes, scale, deterministic,
+            q, q, q, q, fine_lse, fine_lse, *index, None, None, None, None, None, *shapes, scale,
+            deterministic,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 import simulated
 from attention_cases import LINEAR, Case
 from fine_stage import check_fine_backward, check_forward, forward
-from simulated import run_simulated, simulated_device
+from simulated import run_simulated
 from vsa_cuda import _extension
 
 pytestmark = [
@@ -111,59 +111,66 @@ def test_forward(chosen, head_dim, schedules, seed):
     check_forward(case, out, lse)
 
 
+def check_schedules(case, deterministic, schedules, seed, **options):
+    """Gradients under each schedule; the same bits, but those of the fused pass's dQ. Returns the devices."""
+    devices, first = [], None
+    for schedule in schedules:
+        case.generator.manual_seed(seed)
+        run = functools.partial(run_simulated, seed=4 * seed + schedule, devices=devices)
+        gradients = check_fine_backward(run, case, deterministic=deterministic, **options)
+        first = first or gradients
+        summed = 0 if deterministic else 1
+        assert all(torch.equal(x, y) for x, y in zip(first[summed:], gradients[summed:], strict=True))
+    return devices
+
+
 @pytest.mark.parametrize(
     ("side", "head_dim", "schedules"),
-    [("query", 64, (1,)), ("key", 64, (2, 3)), ("query", 128, (3,)), ("key", 128, (0,))],
-)
+    [
+        ("query", 64, (1,)), ("key", 64, (2, 3)), ("fused", 64, (0, 1)), ("query", 128, (3,)),
+        ("key", 128, (0,)),
+    ],
+)  # fmt: skip
 def test_backward(chosen, side, head_dim, schedules, seed):
-    """Of the pass that has these lists; the other one has many short ones."""
+    """Of the pass that has these lists; the other one of two has many short ones."""
     case = listed(chosen if side == "query" else chosen.T, head_dim, seed)
-
-    def run(function, *arguments):
-        return same_bits(functools.partial(run_simulated, function, *arguments), schedules, seed)
-
-    check_fine_backward(run, case)
+    check_schedules(case, side != "fused", schedules, seed)
 
 
 def copies(device, case, lists):
-    """Of the passes for queries and for keys, when each task is worked on once."""
+    """By kernel, when each task is worked on once."""
     panels, blocks = case.head_dim // 64, case.heads * case.q_grid.num_cubes
-    sizes = 2, 1 if case.head_dim == 128 else 2  # blocks of a stage
+    size = 3 - panels  # blocks of a stage of the passes that keep keys; the query pass has two
     if lists:
         counts = [x for x in device.allocated if x.dtype == torch.int32 and x.dim() == 1]
-        kv_stages, q_stages = (int(x[:-1].sum()) for x in counts)
+        key_stages, *query_stages = (int(x[:-1].sum()) for x in counts)
     else:
         tasks = case.heads * -(-case.q_grid.num_cubes // 2)
-        q_stages, kv_stages = (tasks * -(-case.q_grid.num_cubes // size) for size in sizes)
+        key_stages, *query_stages = (tasks * -(-case.q_grid.num_cubes // count) for count in (size, 2))
     resident = 2 * panels * blocks
-    return [
-        resident + q_stages * sizes[0] * 2 * panels,
-        resident + kv_stages * sizes[1] * (2 * panels + 1),  # the queries' terms
-    ]
+    keys = resident + key_stages * size * (2 * panels + 1)  # the queries' terms
+    expected = {"fine_backward_kv": keys, "fine_backward_fused": keys + key_stages * 2 * 4}  # dQ, by warps
+    if query_stages:
+        expected["fine_backward_q"] = resident + query_stages[0] * 2 * 2 * panels
+    return expected
 
 
 @pytest.mark.parametrize(("ctas", "head_dim"), [(3, 64), (8, 64), (20, 64), (2, 128)])
 @pytest.mark.parametrize("lists", [True, False])
-def test_tasks_are_handed_out_once(lists, ctas, head_dim, seed, monkeypatch):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tasks_are_handed_out_once(deterministic, lists, ctas, head_dim, seed, monkeypatch):
     """Eight of each pass, to fewer, as many and more CTAs; without lists they go round."""
     monkeypatch.setattr(simulated, "NUM_SMS", ctas)
     blocks = (1, 1, 64 * 7)
     kind = "empty" if lists else "dense"  # with rows of any length
-    case = Case(blocks, LINEAR, heads=2, head_dim=head_dim, topk=7, lists=kind, seed=seed)
-    devices = []
-
-    def run_once(function, *arguments, seed):
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        with simulated_device(*tensors, seed=seed) as device:
-            results = function(*arguments)
-        device.assert_written(*(x for x in results if x.numel()))
-        devices.append(device)
-        return results
-
-    def run(function, *arguments):
-        devices.clear()
-        return same_bits(functools.partial(run_once, function, *arguments), (0, 3), seed)
-
-    check_fine_backward(run, case, coarse_grid=None if lists else case.q_grid)
-    for device in devices:
-        assert [x.async_copies for x in device.reports[-2:]] == copies(device, case, lists)
+    case = Case(blocks, LINEAR, heads=2, head_dim=head_dim, topk=6, lists=kind, seed=seed)
+    coarse_grid = None if lists else case.q_grid
+    passes = 0
+    for device in check_schedules(case, deterministic, (0, 3), seed, coarse_grid=coarse_grid):
+        launched = dict(zip(device.kernels, device.reports, strict=True))
+        for kernel, report in launched.items():
+            if kernel.startswith("fine_backward"):
+                assert report.async_copies == copies(device, case, lists)[kernel.split("_d")[0]]
+                passes += 1
+    fused = not deterministic and (head_dim == 64 or not lists)
+    assert passes == 2 * (1 if fused else 2)

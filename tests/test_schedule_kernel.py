@@ -412,7 +412,7 @@ def strided(address=BASE, strides=(36, 12, 1)):
         ({"counts": (BASE, (12, 1))}, "kv_num_blocks: got no tensor of 3 dimensions"),
         ({"entries": (BASE, (12, 1, 1))}, "kv_indices: got no tensor of 4 dimensions with the last one cont"),
         ({"entries": (BASE, (99, 9, 9, 2))}, "kv_indices: got no tensor of 4 dimensions with the last one"),
-        ({"batch": 1 << 29}, "schedule: got a problem of .* expected at most 2\\^31 - 1"),
+        ({"batch": 1 << 29}, "schedule: got a problem of .* expected 1 to 2\\^31 - 1"),
     ],
 )
 def test_schedule_plan_errors(changes, message):

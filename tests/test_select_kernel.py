@@ -181,7 +181,7 @@ def test_plan_fields(planner, stem, ctas, rows):
         ({"dtype": "float32"}, "dtype: got float32"),
         (
             {"batch": 1 << 20, "heads": 1 << 10, "cubes": 1 << 10},
-            "expected at most 2\\^31 - 1|expected less than 2\\^40",
+            "expected 1 to 2\\^31 - 1|expected less than 2\\^40",
         ),
     ],
 )
