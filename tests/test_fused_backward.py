@@ -124,6 +124,26 @@ def test_scores_far_below_zero(ragged, head_dim, dtype, execute, seed):
         assert x.isfinite().all()
 
 
+@over_runs
+@over_halves
+@pytest.mark.parametrize(
+    ("head_dim", "sizes", "counts", "indices"),
+    [(64, [64, 0], [1, 2], [[1, 1], [0, 1]]), (128, [0, 0], [2, 2], [[0, 1], [0, 1]])],
+)
+def test_queries_whose_blocks_are_all_empty(head_dim, sizes, counts, indices, dtype, execute, seed):
+    """Their LSE is -inf, though they have lists: no gradient, and above all no NaN."""
+    case = blocks_case(2, 2, head_dim=head_dim, dtype=dtype, lists="dense", ragged=True, seed=seed)
+    case.block_sizes = torch.tensor(sizes, dtype=torch.int32)
+    pads = ~case._real(case.kv_grid, case.block_sizes)
+    case.key, case.value = case.key.nan_to_num(), case.value.nan_to_num()
+    case.key[:, pads] = case.value[:, pads] = torch.nan
+    case.kv_num_blocks = torch.tensor([[counts]], dtype=torch.int32)
+    case.kv_indices = torch.tensor([[indices]], dtype=torch.int32)
+    dq, dk, dv = check_fused(functools.partial(execute, seed=seed), case)
+    assert not dq[:, :64].any()
+    assert dk.isfinite().all() and dv.isfinite().all()
+
+
 # The device's choice.
 
 

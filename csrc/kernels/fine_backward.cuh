@@ -51,9 +51,11 @@ struct FineBackward {
   };
   struct Shared {
     Resident resident[kConsumers];
+    // Before the rings: compute-sanitizer holds an operand without strides (TermSelectors) for one of 2 KB,
+    // which must not reach beyond the CTA's memory.
+    [[no_unique_address]] Own own;
     FirstRing first;
     SecondRing second;
-    Own own;
     Barrier resident_full[kConsumers];   // each task: the producer's arrival and the bytes of both tiles
     Barrier resident_landed;             // of tiles whose pads the producer clears before it publishes them
     Barrier resident_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
@@ -66,8 +68,8 @@ struct FineBackward {
 VSA_DEVICE bool is_chosen(const PassChoice& choice) {
   if (!choice.ends) return true;
   bool all = true;
-  for (int row = threadIdx.x; row < choice.rows; row += blockDim.x) {
-    all &= __ldg(choice.ends + row * choice.row_stride) == choice.all;
+  for (int row = threadIdx.x; all && row < choice.rows; row += blockDim.x) {
+    all = __ldg(choice.ends + row * choice.row_stride) == choice.all;
   }
   return bool(__syncthreads_and(all)) == choice.if_all;
 }

@@ -11,7 +11,8 @@
 //
 // The other consumer's products fill the gaps.
 //
-// Named barriers of a stage that both chose: both dS are there (kBothReady); a consumer's dS and K have been
+// Named barriers. Of a stage that one chose: its dS is there, or has been read (kOwnReady + consumer). Of a
+// stage that both chose: both dS are there (kBothReady); a consumer's dS and K have been
 // read by the other (kFree + consumer), which the other announces once its dQ is done, and the consumer
 // awaits before it writes its next dS or gives K back. Nobody holds back a tile of a ring while it waits, but
 // those of the stage itself.
@@ -156,15 +157,20 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
   // dS of a block, before the product that reads the same registers.
   template <int kBlock>
   VSA_DEVICE void publish(Consumer& self) {
-    if (kBlock == 0) await_free(self);
+    if (kBlock == 0 && !await_free(self)) {
+      // Each warp has waited for its own part of the dQ that reads the tile.
+      named_barrier_sync(kOwnReady + self.consumer, kWarpgroupThreads);
+    }
     vsa::store(self.shared.own.grad_scores[self.consumer][kBlock], grad_scores[kBlock]);
   }
 
  private:
-  // Until the other consumer has read this one's dS and K.
-  VSA_DEVICE void await_free(Consumer& self) {
-    if (__any_sync(0xffffffffu, both)) named_barrier_sync(kFree + self.consumer, kBothThreads);
+  // Until the other consumer has read this one's dS and K, if it took part in the stage before.
+  VSA_DEVICE bool await_free(Consumer& self) {
+    bool shared = __any_sync(0xffffffffu, both);
+    if (shared) named_barrier_sync(kFree + self.consumer, kBothThreads);
     both = false;
+    return shared;
   }
 
   VSA_DEVICE void make_scores(Consumer& self, Scores& scores, uint32_t position) {

@@ -74,7 +74,7 @@ constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, Backwar
                                          int extra_bytes, int own_bytes) {
   int tile = kCubeTokens * head_dim * kHalfBytes;
   return round_up(kBackwardConsumers * (2 * tile + 2 * kBarrierBytes) + kBarrierBytes + kTaskQueueBytes +
-                      own_bytes +
+                      round_up(own_bytes, kTileAlignment) +
                       tile_ring_bytes(stage_blocks * tile, stages.first, stage_blocks * extra_bytes) +
                       tile_ring_bytes(stage_blocks * tile, stages.second, 0),
                   kTileAlignment);

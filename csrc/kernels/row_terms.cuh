@@ -24,9 +24,10 @@ VSA_DEVICE uint2 split_in_three(float x) {
   return {first >> 16 | second, third >> 16};
 }
 
-// LSE is +inf in slots without a token: then a number so large that exp2 gives 0.
+// LSE is +inf in slots without a token, -inf in rows without a key: then a number so large that exp2 gives 0.
 VSA_DEVICE uint4 row_terms(float lse_over_scale, float delta) {
   constexpr float kHuge = 3e38f;
+  if (lse_over_scale == -INFINITY) lse_over_scale = INFINITY, delta = 0.0f;
   uint2 lse = split_in_three(lse_over_scale > kHuge ? kHuge : lse_over_scale);
   uint2 split_delta = split_in_three(delta);
   return {lse.x, lse.y, split_delta.x, split_delta.y};

@@ -15,8 +15,7 @@
 // - The first ring's is never a phase behind. Of the stage attended before, at most 32 back, the consumer has
 //   seen that it was full; so all that lie kStages further back had been emptied, hence filled.
 // - Nor is the second ring's, whose tile of a stage is awaited after the first ring's of that stage: the
-// first
-//   ring is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile
+//   first is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile
 //   before it released the first tile of any stage that it attended 32 + kStages later or after that (what it
 //   leaves pending it finishes before that is kStages stages old); so that second tile had been filled.
 #pragma once
