@@ -142,6 +142,29 @@ class FusedBackward:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """combine_backward without gates and coarse output."""
+
+    name: str
+    video_shape: tuple[int, int, int]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def inputs(self) -> Values:
+        generator = numpy.random.default_rng(0)
+        shape = (1, math.prod(self.video_shape), self.heads, self.head_dim)
+        return {name: _normal(generator, shape, self.dtype) for name in ("grad_out", "out_fine")}
+
+    def steps(self) -> list[Step]:
+        def arguments(values):
+            grads = values["grad_out"], values["out_fine"]
+            return *grads, *(None,) * 4, 1.0, 0.0, None, self.video_shape, CUBE
+
+        return [Step(_kernels.combine_backward, arguments, (None, "delta", None, None, None))]
+
+
+@dataclass(frozen=True)
 class Selection:
     """Selection alone. With `ties` every score is exact in fp32, and most are shared by several keys."""
 
@@ -186,6 +209,11 @@ CASES = [
     Attention("d64-fp16", (5, 4, 5), 1, 64, FP16, 3),
     *(
         FusedBackward(f"fused-d{head_dim}-{name}", 90, 1, head_dim, dtype)
+        for head_dim in (64, 128)
+        for name, dtype in (("bf16", BF16), ("fp16", FP16))
+    ),
+    *(
+        Delta(f"delta-d{head_dim}-{name}", (5, 4, 5), 2, head_dim, dtype)
         for head_dim in (64, 128)
         for name, dtype in (("bf16", BF16), ("fp16", FP16))
     ),

@@ -33,7 +33,7 @@ PLANNED = [f"plan_{kernel}" for kernel in KERNELS_OF[BOTH]]
         (64, 100, 70, 8, FUSED),
         (64, 100, 70, 70, FUSED),
         (64, 1 << 20, 70, 8, TWO_PASSES),  # a head has 32 KB a query block: far more than L2
-        (64, 1 << 20, 70, 70, TWO_PASSES),
+        (64, 1 << 20, 70, 70, BOTH),
         (64, 100, 1 << 20, 8, FUSED),  # key blocks take no room there
         (128, 100, 70, 8, TWO_PASSES),
         (128, 100, 70, 69, TWO_PASSES),
