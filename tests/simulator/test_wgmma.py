@@ -309,3 +309,13 @@ def test_shared_memory_faults() -> None:
         ("out-of-bounds", "uninitialised"),
         lambda seed: small(initialise(8) + far + FENCE + MMA + COMMIT + WAIT, seed),
     )
+
+
+@pytest.mark.parametrize("byte", [1024, B_AT], ids=["A", "B"])
+def test_a_wait_is_for_the_own_warp(byte: int) -> None:
+    """What a warp has waited for, the product of another may still read: its rows of A, and all of B."""
+    product = initialise(8) + FENCE + MMA + COMMIT + WAIT
+    first_warp = "setp.lt.u32 %p1, %thread, 32; mad.lo.u32 %r5, %thread, 4, %r0;"
+    overwrite = first_warp + f"@%p1 st.shared.b32 [%r5+{byte}], 0;"
+    small(product + "bar.sync 0;" + overwrite)
+    assert_fault("race", lambda seed: small(product + overwrite, seed))

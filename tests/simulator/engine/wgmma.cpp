@@ -160,12 +160,14 @@ void compute(Cta& cta, u32 first_warp, const Op& op, const WgmmaOp& product) {
 
 Warpgroup& warpgroup_of(Warp& warp) {
   Warpgroup& group = warp.cta->warpgroups[static_cast<size_t>(warp.index / 4)];
-  if (group.agent == kNone) {
+  if (group.agents[0] == kNone) {
     if (static_cast<u32>(warp.index / 4 * 4 + 4) > warp.world->warps_per_cta) {
       fail("barrier", "wgmma in a warpgroup of fewer than four warps");
     }
-    group.agent = warp.cta->cluster->add_agent(AgentKind::kWgmma,
-                                               warp.cta->rank << 8 | static_cast<u32>(warp.index / 4));
+    for (u32& agent : group.agents) {
+      agent = warp.cta->cluster->add_agent(AgentKind::kWgmma,
+                                           warp.cta->rank << 8 | static_cast<u32>(warp.index / 4));
+    }
   }
   return group;
 }
@@ -204,16 +206,16 @@ void launch(Warp& warp, const Op& op, const std::shared_ptr<WgmmaOp>& product) {
   World& world = *warp.world;
   Cta& cta = *warp.cta;
   Warpgroup& group = warpgroup_of(warp);
-  u64 epoch = Epoch::make(cta.cluster->id, group.agent, product->group);
   Descriptor b(product->b), a(product->a);
   u32 columns = static_cast<u32>(op.list.size()) * 2;
   Clock common = product->clocks[0];
   for (int w = 1; w < 4; w++) common.meet(product->clocks[w]);
   check_descriptor(cta, b, op.aux & kTransposeB, columns);
-  record(cta, b, op.aux & kTransposeB, 0, columns, {&common, epoch, product->pc, false, true, false});
-  if (op.aux & kSharedA) {
-    check_descriptor(cta, a, op.aux & kTransposeA, 64);
-    for (u32 w = 0; w < 4; w++) {
+  if (op.aux & kSharedA) check_descriptor(cta, a, op.aux & kTransposeA, 64);
+  for (u32 w = 0; w < 4; w++) {  // a wait is for the waiting warp's part alone, which reads all of b
+    u64 epoch = Epoch::make(cta.cluster->id, group.agents[w], product->group);
+    record(cta, b, op.aux & kTransposeB, 0, columns, {&common, epoch, product->pc, false, true, false});
+    if (op.aux & kSharedA) {
       record(cta, a, op.aux & kTransposeA, 16 * w, 16,
              {&product->clocks[w], epoch, product->pc, false, true, false});
     }
@@ -306,7 +308,7 @@ Step wait(Warp& warp, const Op& op) {
   if (warp.wgmma_committed < op.imm) return Step::kNext;
   u32 done = warp.wgmma_committed - static_cast<u32>(op.imm);
   if (!group.unfinished.empty() && group.unfinished.begin()->first <= done) return Step::kBlock;
-  warp.clock.learn(group.agent, done);
+  warp.clock.learn(group.agents[warp.index % 4], done);
   warp.wgmma_waited = std::max(warp.wgmma_waited, done);
   std::vector<WgmmaGroupRegisters> left;
   for (WgmmaGroupRegisters& registers : warp.in_flight) {

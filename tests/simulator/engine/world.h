@@ -145,7 +145,7 @@ struct WgmmaOp {
 };
 
 struct Warpgroup {
-  u32 agent = kNone;
+  u32 agents[4] = {kNone, kNone, kNone, kNone};     // of each warp's part of the products
   std::map<u32, std::shared_ptr<WgmmaOp>> forming;  // by issue number
   std::map<u32, u32> unfinished;                    // commit group -> products not done
   u32 launched = 0, finished = 0;                   // products, in order
