@@ -1,11 +1,12 @@
-// What the two passes of the fine stage's backward share. Per pair of blocks, with S = Q K^T:
+// What the passes of the fine stage's backward share. Per pair of blocks, with S = Q K^T:
 //
 //   P = exp2(scale_log2 S - log2(e) LSE)     dP = dO V^T     dS = P (dP - delta)
 //   dV += P^T dO     dK += dS^T Q     dQ += dS K     and at the end dK, dQ times scale
 //
 // A pass keeps what belongs to a consumer's cube (two resident tiles) and walks two rings of the other side's
-// tiles, in the order of its schedule. No reduction between CTAs, so every run gives the same bits; S and dP
-// are computed twice for that, 7 matrix products instead of 5.
+// tiles, in the order of its schedule. Two passes, one for dQ and one for dK and dV, need no reduction
+// between CTAs, so that every run gives the same bits; S and dP are computed twice for that, 7 matrix
+// products instead of 5. The fused pass takes 5, and sums dQ over CTAs (fine_backward_fused.cuh).
 //
 // A CTA takes task after task. Three producer warps load: one the first ring, one the second, one the
 // resident tiles of the next task. A fourth fetches tasks.
@@ -92,8 +93,7 @@ VSA_DEVICE typename Kernel::Run fine_backward_run(const FineBackwardParams& para
       params.schedule, Kernel::grid(params), Kernel::listed(params), task, index);
 }
 
-// The warp that loads the tiles which consumers keep.
-// With kClearsResident rows of pads become zero.
+// The warp that loads the tiles which consumers keep. With kClearsResident rows of pads become zero.
 template <class Kernel>
 VSA_DEVICE void fine_backward_load_resident(typename Kernel::Shared& shared, const MappedTokens& first,
                                             const MappedTokens& second, const FineBackwardParams& params) {

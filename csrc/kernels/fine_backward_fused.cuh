@@ -12,10 +12,10 @@
 // The other consumer's products fill the gaps.
 //
 // Named barriers. Of a stage that one chose: its dS is there, or has been read (kOwnReady + consumer). Of a
-// stage that both chose: both dS are there (kBothReady); a consumer's dS and K have been
-// read by the other (kFree + consumer), which the other announces once its dQ is done, and the consumer
-// awaits before it writes its next dS or gives K back. Nobody holds back a tile of a ring while it waits, but
-// those of the stage itself.
+// stage that both chose: both dS are there (kBothReady); a consumer's dS and K have been read by the other
+// (kFree + consumer), which the other announces once its dQ is done, and the consumer awaits before it writes
+// its next dS or gives K back. Nobody holds back a tile of a ring while it waits, but those of the stage
+// itself.
 //
 // Which of two sums comes first changes from run to run, and with it the last bits of dQ. At head_dim 128 the
 // kernel takes no lists, which keeps it within its registers: it would lose to the two passes on them (L2 has

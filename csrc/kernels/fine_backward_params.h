@@ -24,15 +24,15 @@ struct FineBackwardParams {
   TokenRows grad_query, grad_key, grad_value;
   Schedule schedule;                           // of the pass
   const int32_t *block_sizes, *q_block_sizes;  // [num_kv_blocks], [num_q_blocks] valid prefix
-  const float *lse, *delta;                    // [batch, heads, num_q_blocks, 64], for the query pass
+  const float *lse, *delta;  // [batch, heads, num_q_blocks, 64], for what leaves the row terms
   // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass, or start_grad_query, leaves for
   // the pass after it.
   void* row_terms;
   // dQ's sums [batch, heads, num_q_blocks, head_dim / 64, kGradQueryTile], of the fused pass and the kernels
   // around it.
   float* grad_query_sums;
-  // [batch, heads, cubes of pooled_grid, head_dim], the query's type; the query pass takes the first, the key
-  // pass the others.
+  // [batch, heads, cubes of pooled_grid, head_dim], the query's type; what writes dQ takes the first, what
+  // writes dK and dV the others.
   const void *dq_pooled, *dk_pooled, *dv_pooled;
   CubeGrid pooled_grid;     // of the same tokens as the grid of the pass
   bool pooled_on_own_grid;  // pooled_grid is the grid of the pass
@@ -44,7 +44,7 @@ struct FineBackwardParams {
   int32_t num_tasks;   // groups of the pass's cubes, over all heads and batch entries
 };
 
-// Of both passes: two consumer warpgroups, a cube each, which keep two tiles of it (key side: K, V; query
+// Of all passes: two consumer warpgroups, a cube each, which keep two tiles of it (key side: K, V; query
 // side: Q, dO), and two rings (Q, dO; or K, V).
 constexpr int kBackwardConsumers = 2;
 constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;

@@ -11,7 +11,8 @@ namespace vsa {
 
 namespace {
 
-// What both passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out.
+// What all passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out.
+// `fused`: the fused pass or a kernel beside it.
 FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel,
                          bool fused) {
   const TokenTensor& query = arguments.query;
@@ -38,6 +39,12 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   check_argument(std::isfinite(params.scale_log2) && params.scale > 0, "scale: got ", arguments.scale,
                  ", expected a finite number above 0 in float32");
   params.heads = int32_t(query.heads);
+  if (fused) {
+    check_argument(
+        arguments.grad_query_sums != 0 && arguments.grad_query_sums % 16 == 0,
+        "grad_query_sums: got an address that is null or not 16-byte aligned, expected device memory");
+    params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
+  }
   if (arguments.choose_by) {
     int64_t keys = arguments.kv_grid.num_cubes(), all = arguments.q_grid.num_cubes() * keys;
     check_argument(all <= std::numeric_limits<int32_t>::max(), "q_offsets: got ", all,
@@ -94,7 +101,6 @@ LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* ker
   add_inputs(plan, params, arguments);
   params.grad_key = gradient_rows(arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
   params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
-  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
   if (!fused || fine_backward_fused_takes_lists(int(arguments.query.head_dim))) {
     params.schedule = arguments.kv_schedule;
   }
@@ -111,16 +117,9 @@ void add_grad_query(FineBackwardParams& params, const FineBackwardArguments& arg
   params.dq_pooled = pointer<const void>(arguments.dq_pooled);
 }
 
-void check_grad_query_sums(const FineBackwardArguments& arguments) {
-  check_argument(
-      arguments.grad_query_sums != 0 && arguments.grad_query_sums % 16 == 0,
-      "grad_query_sums: got an address that is null or not 16-byte aligned, expected device memory");
-}
-
 // A CTA a query block of a head.
 void set_query_blocks(LaunchPlan& plan, const FineBackwardParams& params,
                       const FineBackwardArguments& arguments) {
-  check_grad_query_sums(arguments);
   plan.grid[0] =
       checked_grid(int64_t(arguments.q_grid.num_cubes()) * arguments.query.heads * arguments.query.batch,
                    plan.kernel.c_str());
@@ -149,15 +148,13 @@ LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
 
 LaunchPlan plan_start_grad_query(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "fine_backward_fused", true);
-  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
-  plan.kernel = text("start_grad_query_d", arguments.query.head_dim);
+  FineBackwardParams params = start(plan, arguments, "start_grad_query", true);
+  plan.kernel = text("start_grad_query_d", arguments.query.head_dim);  // it knows no 16-bit type
   set_query_blocks(plan, params, arguments);
   return plan;
 }
 
 LaunchPlan plan_fine_backward_fused(const FineBackwardArguments& arguments) {
-  check_grad_query_sums(arguments);
   LaunchPlan plan = plan_key_pass(arguments, "fine_backward_fused", true);
   plan.shared_bytes = fine_backward_fused_shared_bytes(arguments.query.head_dim);
   return plan;
@@ -167,7 +164,6 @@ LaunchPlan plan_finish_grad_query(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
   FineBackwardParams params = start(plan, arguments, "finish_grad_query", true);
   add_grad_query(params, arguments);
-  params.grad_query_sums = pointer<float>(arguments.grad_query_sums);
   set_query_blocks(plan, params, arguments);
   return plan;
 }
