@@ -1,8 +1,9 @@
 """Runs the fine stage's kernels, in the simulator or on a GPU, and checks them against the reference."""
 
+import pytest
 import torch
 
-from simulated import simulated_device
+from simulated import run_simulated, simulated_device
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
 from vsa_cuda import _kernels, reference
 
@@ -17,6 +18,13 @@ def on_gpu(x):
 
 def run_on_gpu(function, *arguments, seed=0):
     return tuple(x.cpu() for x in function(*map(on_gpu, arguments)))
+
+
+# Where kernels run, for parametrize.
+RUNS = [
+    pytest.param(run_simulated, marks=pytest.mark.simulator, id="simulator"),
+    pytest.param(run_on_gpu, marks=pytest.mark.gpu, id="gpu"),
+]
 
 
 def forward(case, seed=0, coarse_grid=None, with_lists=True, **gates):

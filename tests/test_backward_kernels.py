@@ -7,6 +7,7 @@ import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
 from fine_stage import (
+    RUNS,
     backward,
     check_fine_backward,
     exact_backward,
@@ -24,12 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(run_simulated, marks=pytest.mark.simulator, id="simulator"),
-        pytest.param(run_on_gpu, marks=pytest.mark.gpu, id="gpu"),
-    ]
-)
+@pytest.fixture(params=RUNS)
 def run(request, seed):
     return functools.partial(request.param, seed=seed)
 

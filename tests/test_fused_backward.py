@@ -10,12 +10,12 @@ from attention_cases import LINEAR, Case
 from fine_stage import (
     BOTH,
     FUSED,
+    RUNS,
     check_fine_backward,
     exact_backward,
     fine_passes,
     new_gradient,
     on_gpu,
-    run_on_gpu,
 )
 from host_plans import fine_backward_arguments
 from simulated import kernel_ptx, run_simulated
@@ -27,10 +27,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
 )
 HALVES = [torch.bfloat16, torch.float16]
-RUNS = [
-    pytest.param(run_simulated, marks=pytest.mark.simulator, id="simulator"),
-    pytest.param(run_on_gpu, marks=pytest.mark.gpu, id="gpu"),
-]
 over_runs = pytest.mark.parametrize("execute", RUNS)
 over_schedules = pytest.mark.parametrize("schedule", range(4))  # the simulator's kinds
 over_halves = pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])

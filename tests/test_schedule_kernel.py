@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fine_stage import on_gpu
+from host_plans import BASE
 from simulated import simulated_device
 from vsa_cuda import _extension, _kernels, reference
 from vsa_cuda.geometry import CubeGrid, cubes_shape
@@ -336,8 +337,6 @@ def adversarial(kernel, head_dim, seed, schedule):
 
 
 # Host plans.
-
-BASE = 1 << 20  # where the memory of these tests would lie; nothing is read
 
 
 def schedule_arguments(kernel="fine_forward", head_dim=128, like="lists", **changes):
