@@ -8,7 +8,7 @@ namespace vsa {
 template <int kLists>
 class BlockWindow {
  public:
-  // A list of `count` blocks from `first` on. All lists are started before the first load().
+  // A list of `count` blocks from `first` on.
   VSA_DEVICE void start(int list, const int32_t* first, int count) {
     first_[list] = first;
     count_[list] = count;
@@ -18,7 +18,6 @@ class BlockWindow {
   // The next 32 entries of each list and the sets of lists that hold them, a bit a list. A set is 0 beyond
   // the list (the block too), and where a lower list holds the block: every block comes once.
   VSA_DEVICE void load(int (&block)[kLists], uint32_t (&set)[kLists]) {
-    if (position_ == 0) touch();
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
       int index = position_ + lane_id();
@@ -43,17 +42,6 @@ class BlockWindow {
   }
 
  private:
-  // Brings the first 1,024 entries of every list into L1, all at once: a search would wait for one line after
-  // the other.
-  VSA_DEVICE void touch() const {
-    constexpr int kLineEntries = 128 / sizeof(int32_t);
-    int entry = lane_id() * kLineEntries;
-#pragma unroll
-    for (int i = 0; i < kLists; i++) {
-      if (entry < count_[i]) keep(__ldg(first_[i] + entry));
-    }
-  }
-
   // By halving; the number of steps is the same in all lanes.
   VSA_DEVICE bool contains(int list, int block) const {
     const int32_t* first = first_[list];

@@ -6,12 +6,13 @@
 
 namespace vsa {
 
-// A CTA a query block of a head: its sums become zero, and its rows' terms are left for the pass.
+// A CTA a query block of a head, the last one first: what is written last is in L2 when the pass begins, with
+// the first blocks. Its sums become zero, and its rows' terms are left for the pass.
 template <int kHeadDim>
 VSA_DEVICE void start_grad_query(const FineBackwardParams& params) {
   if (!is_chosen(params.choice)) return;
   constexpr int kVectors = kCubeTokens * kHeadDim / 4;
-  int64_t block = blockIdx.x;
+  int64_t block = gridDim.x - 1 - blockIdx.x;
   auto* sums = reinterpret_cast<float4*>(params.grad_query_sums) + block * kVectors;
 #pragma unroll
   for (int i = 0; i < kVectors; i += kGradQueryThreads) sums[i + threadIdx.x] = float4{0, 0, 0, 0};
@@ -22,17 +23,18 @@ VSA_DEVICE void start_grad_query(const FineBackwardParams& params) {
   }
 }
 
-// A warpgroup a query block of a head, its registers those of the consumers that made the sums.
+// A warpgroup a query block of a head, again the last one first, whose sums are in L2. Its registers are
+// those of the consumers that made them.
 template <int kHeadDim, class T>
 VSA_DEVICE void finish_grad_query(const FineBackwardParams& params) {
   if (!is_chosen(params.choice)) return;
   constexpr int kWarpVectors = kGradQueryTile / 16;
   int blocks = params.q_grid.num_cubes();
-  int row = blockIdx.x / blocks, block = blockIdx.x - row * blocks;
+  int index = gridDim.x - 1 - blockIdx.x, row = index / blocks, block = index - row * blocks;
   FloatTile<kHeadDim> sums;
 #pragma unroll
   for (int panel = 0; panel < kHeadDim / 64; panel++) {
-    int64_t tile = blockIdx.x * int64_t(kHeadDim / 64) + panel;
+    int64_t tile = index * int64_t(kHeadDim / 64) + panel;
     auto* from = reinterpret_cast<const float4*>(params.grad_query_sums + tile * kGradQueryTile) +
                  warp_in_warpgroup() * kWarpVectors + lane_id();
 #pragma unroll
