@@ -6,6 +6,7 @@
 #include "launch/launch.h"
 #include "launch/plan.h"
 #include "launch/plan_combine_backward.h"
+#include "launch/plan_delta.h"
 #include "launch/plan_fine_backward.h"
 #include "launch/plan_fine_forward.h"
 #include "launch/plan_pool.h"
@@ -91,6 +92,11 @@ LaunchPlan combine_backward(const TokenTensor& grad_out, const TokenTensor& out_
   arguments.scalar_fine = scalar_fine;
   arguments.scalar_coarse = scalar_coarse;
   return plan_combine_backward(arguments);
+}
+
+LaunchPlan delta(const TokenTensor& grad_out, const TokenTensor& out, const CubeGrid& grid,
+                 uint64_t block_sizes, const StridedTensor& grad_lse, uint64_t delta, int num_sms) {
+  return plan_delta({grad_out, out, grid, block_sizes, grad_lse, delta, num_sms});
 }
 
 FineBackwardArguments fine_backward_arguments(
@@ -218,6 +224,8 @@ PYBIND11_MODULE(_C, m) {
         "coarse_grid"_a, "block_sizes"_a, "grad_lse"_a, "coarse"_a, "gate_fine"_a, "gate_coarse"_a,
         "grad_fine"_a, "delta"_a, "grad_coarse"_a, "grad_gate_fine"_a, "grad_gate_coarse"_a, "scalar_fine"_a,
         "scalar_coarse"_a);
+  m.def("plan_delta", &delta, py::kw_only(), "grad_out"_a, "out"_a, "grid"_a, "block_sizes"_a, "grad_lse"_a,
+        "delta"_a, "num_sms"_a);
   py::class_<FineBackwardArguments>(m, "FineBackwardArguments")
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import simulated
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
 from fine_stage import (
     RUNS,
@@ -172,6 +173,21 @@ def test_combine_backward_under_adversarial_schedules(head_dim, dtype, schedule,
     run_schedule = functools.partial(run_simulated, seed=1000 * seed + schedule)
     grid, shape = CubeGrid((3, 5, 6)), (1, 90, 2, head_dim)
     check_combine_backward(run_schedule, grid, shape, dtype, "tensor", "scalar", with_lse=True)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("schedule", range(4))  # the simulator's kinds
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_delta_of_many_cubes_of_one_cta(head_dim, schedule, seed, monkeypatch):
+    """Every stage of a CTA's ring is filled again and again; pads hold NaN."""
+    monkeypatch.setattr(simulated, "NUM_SMS", 1)
+    run_schedule = functools.partial(run_simulated, seed=4 * seed + schedule)
+    grid, sizes = (
+        CubeGrid.linear(64 * 9 - 7),
+        torch.tensor([64, 0, 17, 5, 64, 64, 1, 63, 57], dtype=torch.int32),
+    )
+    shape = (2, grid.num_tokens, 3, head_dim)
+    check_combine_backward(run_schedule, grid, shape, torch.bfloat16, None, None, True, sizes)
 
 
 # Fine stage.

@@ -71,6 +71,15 @@ def test_lists_far_apart_do_not_deadlock(seed):
     check_forward(case, out, lse)
 
 
+# From twice as many columns: rows that are read 16 bytes at a time, and three that are not.
+TENSOR_GATES = {
+    "tensor": lambda x: x[..., : x.shape[3] // 2].contiguous(),
+    "strided": lambda x: x[..., ::2],
+    "unaligned": lambda x: x[..., 1 : 1 + x.shape[3] // 2],
+    "expanded": lambda x: x[..., :1],
+}
+
+
 def check_epilogue(case, fine, coarse, seed, coarse_grid=None, with_lists=True):
     """Gates of these kinds, and O_c by the cubes of coarse_grid."""
     batch, tokens, heads, head_dim = case.query.shape
@@ -78,9 +87,10 @@ def check_epilogue(case, fine, coarse, seed, coarse_grid=None, with_lists=True):
     pooled = case.randn(batch, heads, cubes, head_dim).to(case.dtype)
 
     def gate(kind, name):
-        if kind == "tensor":  # any strides: columns two apart
+        if kind in TENSOR_GATES:
             values = case.randn(batch, tokens, heads, 2 * head_dim).to(case.dtype)
-            return {f"gate_{name}": values[..., ::2]}
+            columns = TENSOR_GATES[kind](values)
+            return {f"gate_{name}": columns.expand(-1, -1, -1, head_dim)}
         if kind == "scalar":
             return {f"gate_{name}": torch.tensor(0.75)}
         return {f"gate_{name}_value": 0.5} if kind == "float" else {}
@@ -143,15 +153,15 @@ def test_scores_that_climb_past_pads(shape, cube, head_dim, dtype, seed):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("fine", [None, "float", "scalar", "tensor"])
-@pytest.mark.parametrize("coarse", [None, "float", "scalar", "tensor"])
+@pytest.mark.parametrize("fine", [None, "float", "scalar", *TENSOR_GATES])
+@pytest.mark.parametrize("coarse", [None, "float", "scalar", *TENSOR_GATES])
 def test_gates_in_the_epilogue(fine, coarse, head_dim, seed):
     case = Case((3, 5, 6), head_dim=head_dim, heads=2, topk=2, seed=seed)
     check_epilogue(case, fine, coarse, seed)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("gate", [None, "tensor"])
+@pytest.mark.parametrize("gate", [None, "tensor", "strided"])
 @pytest.mark.parametrize("video_shape", [(5, 7, 9), (4, 4, 8), (1, 1, 1)])
 def test_all_blocks_of_the_linear_grid(video_shape, gate, head_dim, seed):
     """No lists; a token takes the coarse output of its cube of the video."""

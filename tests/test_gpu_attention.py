@@ -1,6 +1,7 @@
 """block_sparse_attention on the GPU: output, LSE and gradients against the reference."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,25 @@ def test_side_stream(seed):
     stream.synchronize()
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a, b)
+
+
+def test_first_call_of_a_thread(seed):
+    """Tensor maps are made before anything of the runtime is called there. Each op: each in a new thread."""
+    case = Case((8, 16, 24), heads=2, head_dim=64, topk=8, seed=seed)
+    query, key, value = (x.cuda() for x in (case.query, case.key, case.value))
+    ops, grid = torch.ops.vsa_cuda, (case.q_shape, (4, 4, 4))
+
+    def pooled():
+        return ops.pool(query, key, value, *grid)
+
+    def delta():
+        return ops.combine_backward(query, value, None, None, None, None, 1.0, 0.0, None, *grid)[1:2]
+
+    for call in (pooled, delta):
+        with ThreadPoolExecutor(1) as thread:
+            results = thread.submit(call).result()
+        for a, b in zip(results, call(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_cuda_graph_of_forward_and_backward(seed):

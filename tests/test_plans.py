@@ -184,7 +184,7 @@ def test_a_million_tokens(layout):
     plan = plan_pool([tensor] * 3, video_shape)
     for tensor_map in plan.maps:
         check_map(tensor_map)
-    tiles_per_cta = math.ceil(3 * 2 * 40 * (1 << 14) / (3 * NUM_SMS))
+    tiles_per_cta = math.ceil(3 * 2 * 40 * (1 << 14) / (6 * NUM_SMS))
     assert plan.grid == (math.ceil(3 * 2 * 40 * (1 << 14) / tiles_per_cta), 1, 1)
 
 
@@ -274,6 +274,39 @@ def test_an_empty_tensor_has_no_grid(sizes):
     tensor = contiguous(**{"batch": 1, "heads": 2, "tokens": 60, **sizes})
     with pytest.raises(ValueError, match="got a problem of 0 CTAs, expected 1 to"):
         plan_pool([tensor] * 3, (3, 4, 5))
+
+
+def plan_delta(tensors, video_shape, grad_lse=None, delta=16):
+    C = _extension.load()
+    grad_lse = C.StridedTensor(address=BASE if grad_lse else 0, strides=grad_lse or [])
+    return C.plan_delta(
+        grad_out=tensors[0], out=tensors[1], grid=host_grid(video_shape), block_sizes=0,
+        grad_lse=grad_lse, delta=delta, num_sms=NUM_SMS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("head_dim", "ctas_per_sm"), [(64, 6), (128, 3)])
+def test_delta_plan(head_dim, ctas_per_sm):
+    """Fewer cubes than run at once; a million tokens; a gradient and an output that lie differently."""
+    few = plan_delta([contiguous(tokens=60, heads=3, head_dim=head_dim)] * 2, (3, 4, 5))
+    assert few.kernel == f"delta_d{head_dim}_bf16" and few.grid == (6, 1, 1)
+    assert ctas_per_sm * (few.shared_bytes + 1024) <= SHARED_LIMIT + 1024
+    tensors = [token_tensor(meta(layout, 2, 1 << 20, 40, head_dim)) for layout in ("packed", "bhsd")]
+    plan = plan_delta(tensors, (64, 128, 128), grad_lse=[1, 2, 3, 4])
+    assert [x.address for x in plan.maps] == [BASE + 40 * head_dim * 2, BASE]
+    cubes = 2 * 40 * (1 << 14)
+    share = math.ceil(cubes / (ctas_per_sm * NUM_SMS))
+    assert plan.grid == (math.ceil(cubes / share), 1, 1)
+
+
+def test_delta_plan_refuses():
+    tensors = [contiguous(tokens=60, heads=3)] * 2
+    with pytest.raises(ValueError, match="delta: got a null pointer"):
+        plan_delta(tensors, (3, 4, 5), delta=0)
+    with pytest.raises(ValueError, match=r"grad_lse: got 3 dimensions, expected \[batch, heads"):
+        plan_delta(tensors, (3, 4, 5), grad_lse=[1, 2, 3])
+    with pytest.raises(ValueError, match="out: got"):
+        plan_delta([tensors[0], contiguous(tokens=60, heads=2)], (3, 4, 5))
 
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])

@@ -200,6 +200,16 @@ def plan_combine_backward(
     scalar_fine: int,
     scalar_coarse: int,
 ) -> LaunchPlan: ...
+def plan_delta(
+    *,
+    grad_out: TokenTensor,
+    out: TokenTensor,
+    grid: CubeGrid,
+    block_sizes: int,
+    grad_lse: StridedTensor,
+    delta: int,
+    num_sms: int,
+) -> LaunchPlan: ...
 def plan_fine_backward_kv(arguments: FineBackwardArguments) -> LaunchPlan: ...
 def plan_fine_backward_q(arguments: FineBackwardArguments) -> LaunchPlan: ...
 def plan_start_grad_query(arguments: FineBackwardArguments) -> LaunchPlan: ...

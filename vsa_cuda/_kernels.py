@@ -211,6 +211,10 @@ def combine_backward(
     coarse_grid = q_grid if coarse is None else _coarse_grid(coarse_shape, coarse_cube, q_grid)
     cubes = (batch, heads, coarse_grid.num_cubes)
     gated = gate_fine is not None or gate_fine_value != 1.0
+    if not gated and coarse is None:
+        delta = _delta(grad_out, out_fine, grad_lse, q_block_sizes, q_grid)
+        grad_fine, *others = (out_fine.new_empty(0) for _ in range(4))
+        return grad_fine, delta, *others
     grad_fine = out_fine.new_empty(out_fine.shape if gated else 0)
     delta = out_fine.new_empty((batch, heads, q_grid.num_cubes, 64), dtype=torch.float32)
     grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim))
@@ -243,6 +247,23 @@ def combine_backward(
         _gate_gradient(out_fine, gate_coarse, grad_gate_coarse, scalar_coarse),
     )
     return grad_fine, delta, grad_coarse, *gate_gradients
+
+
+def _delta(grad_out, out, grad_lse, block_sizes, grid):
+    C = _extension.load()
+    batch, _, heads, _ = out.shape
+    delta = out.new_empty((batch, heads, grid.num_cubes, 64), dtype=torch.float32)
+    plan = C.plan_delta(
+        grad_out=_tokens(grad_out),
+        out=_tokens(out),
+        grid=grid,
+        block_sizes=_address(block_sizes),
+        grad_lse=_strided(grad_lse),
+        delta=delta.data_ptr(),
+        num_sms=_extension.num_sms(out.device),
+    )
+    _extension.launch(plan, out)
+    return delta
 
 
 def _new_gate_gradient(out_fine, gate, cubes):

@@ -57,10 +57,10 @@ struct CombineColumns {
   }
 
   template <class T>
-  VSA_DEVICE uint4 load(const Gate& gate, bool vector, int64_t token) const {
+  VSA_DEVICE uint4 load(const Gate& gate, int64_t token) const {
     const T* row = static_cast<const T*>(gate.values) + batch * gate.strides[0] + token * gate.strides[1] +
                    head * gate.strides[2];
-    return load_eight(row + column * gate.strides[3], gate.strides[3], vector);
+    return load_eight(row + column * gate.strides[3], gate.strides[3], gate.vector_rows);
   }
 
   // Into a packed tensor.
@@ -95,8 +95,7 @@ struct CombineSums {
   float scalar_fine[kWarps], scalar_coarse[kWarps];
 };
 
-// kPlain: without gates and coarse output only delta is asked for.
-template <int kHeadDim, class T, bool kPlain>
+template <int kHeadDim, class T>
 VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
   constexpr int kLanesPerRow = kHeadDim / 8;
   constexpr int kRowStep = kCubeTokens / kCombineRows;
@@ -136,51 +135,45 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
     if (!real[i]) continue;
     grad_out[i] = columns.load<T>(params.grad_out, tokens[i]);
     out_fine[i] = columns.load<T>(params.out_fine, tokens[i]);
-    if constexpr (kPlain) continue;
-    if (params.gate_fine.values)
-      gate_fine[i] = columns.load<T>(params.gate_fine, params.vector_gate_fine, tokens[i]);
+    if (params.gate_fine.values) gate_fine[i] = columns.load<T>(params.gate_fine, tokens[i]);
     if (params.coarse && params.gate_coarse.values) {
-      gate_coarse[i] = columns.load<T>(params.gate_coarse, params.vector_gate_coarse, tokens[i]);
+      gate_coarse[i] = columns.load<T>(params.gate_coarse, tokens[i]);
     }
   }
   Eight coarse{};
-  if (!kPlain && params.coarse) {
+  if (params.coarse) {
     coarse = unpack_eight<T>(
         load_eight(static_cast<const T*>(params.coarse) + row * kHeadDim + columns.column, 1, true));
   }
-  float factor_fine = kPlain ? 1.0f : gate_factor(params.gate_fine);
-  float factor_coarse = kPlain ? 1.0f : gate_factor(params.gate_coarse);
+  float factor_fine = gate_factor(params.gate_fine), factor_coarse = gate_factor(params.gate_coarse);
 
   Eight grad_coarse{};
   float scalar_fine = 0.0f, scalar_coarse = 0.0f;
 #pragma unroll
   for (int i = 0; i < kCombineRows; i++) {
     Eight grad = unpack_eight<T>(grad_out[i]), fine = unpack_eight<T>(out_fine[i]);
-    Eight grad_fine = grad;
-    if constexpr (!kPlain) {
-      Eight by_coarse = gate_eight(params.gate_coarse, unpack_eight<T>(gate_coarse[i]), factor_coarse);
-      Eight by_fine = gate_eight(params.gate_fine, unpack_eight<T>(gate_fine[i]), factor_fine);
-      Eight grad_gate_fine, grad_gate_coarse;
+    Eight by_coarse = gate_eight(params.gate_coarse, unpack_eight<T>(gate_coarse[i]), factor_coarse);
+    Eight by_fine = gate_eight(params.gate_fine, unpack_eight<T>(gate_fine[i]), factor_fine);
+    Eight grad_fine, grad_gate_fine, grad_gate_coarse;
 #pragma unroll
-      for (int c = 0; c < 8; c++) {
-        grad_fine.data[c] = grad.data[c] * by_fine.data[c];
-        grad_gate_fine.data[c] = grad.data[c] * fine.data[c];
-        grad_gate_coarse.data[c] = grad.data[c] * coarse.data[c];
-        grad_coarse.data[c] += grad.data[c] * by_coarse.data[c];
-        scalar_fine += grad_gate_fine.data[c];
-        scalar_coarse += grad_gate_coarse.data[c];
-      }
-      if (tokens[i] >= 0) {
-        if (params.grad_fine) columns.store<T>(params.grad_fine, params, kHeadDim, tokens[i], grad_fine);
-        if (params.grad_gate_fine)
-          columns.store<T>(params.grad_gate_fine, params, kHeadDim, tokens[i], grad_gate_fine);
-        if (params.grad_gate_coarse) {
-          columns.store<T>(params.grad_gate_coarse, params, kHeadDim, tokens[i], grad_gate_coarse);
-        }
-      }
-      // From the rounded gradient, the one that the fine backward multiplies with V.
-      if (params.grad_fine) grad_fine = unpack_eight<T>(pack_eight<T>(grad_fine));
+    for (int c = 0; c < 8; c++) {
+      grad_fine.data[c] = grad.data[c] * by_fine.data[c];
+      grad_gate_fine.data[c] = grad.data[c] * fine.data[c];
+      grad_gate_coarse.data[c] = grad.data[c] * coarse.data[c];
+      grad_coarse.data[c] += grad.data[c] * by_coarse.data[c];
+      scalar_fine += grad_gate_fine.data[c];
+      scalar_coarse += grad_gate_coarse.data[c];
     }
+    if (tokens[i] >= 0) {
+      if (params.grad_fine) columns.store<T>(params.grad_fine, params, kHeadDim, tokens[i], grad_fine);
+      if (params.grad_gate_fine)
+        columns.store<T>(params.grad_gate_fine, params, kHeadDim, tokens[i], grad_gate_fine);
+      if (params.grad_gate_coarse) {
+        columns.store<T>(params.grad_gate_coarse, params, kHeadDim, tokens[i], grad_gate_coarse);
+      }
+    }
+    // From the rounded gradient, the one that the fine backward multiplies with V.
+    if (params.grad_fine) grad_fine = unpack_eight<T>(pack_eight<T>(grad_fine));
 
     float delta = 0.0f;
 #pragma unroll
@@ -207,7 +200,7 @@ VSA_DEVICE void combine_backward(const CombineBackwardParams& params) {
     }
   }
 
-  if (kPlain || (!params.coarse && !params.scalar_fine)) return;
+  if (!params.coarse && !params.scalar_fine) return;
   int warp = warp_id();
 #pragma unroll
   for (int c = 0; c < 8; c++) {

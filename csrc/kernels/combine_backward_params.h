@@ -24,15 +24,12 @@ struct CombineBackwardParams {
   // [batch, heads, coarse cubes], sums over a cube for gates of one number
   float *scalar_fine, *scalar_coarse;
   int32_t heads;
-  bool same_grid;                             // q_grid is coarse_grid
-  bool vector_gate_fine, vector_gate_coarse;  // the gate's rows can be read 16 bytes at a time
+  bool same_grid;  // q_grid is coarse_grid
 };
 
 constexpr int kCombineRows = 4;  // of a cube, for each thread
 constexpr int combine_threads(int head_dim) { return kCubeTokens * head_dim / 8 / kCombineRows; }
-// Of an SM: 128 registers a thread, or 80 where only delta is asked for.
-constexpr int combine_ctas(int head_dim, bool plain) {
-  return (plain ? 768 : 512) / combine_threads(head_dim);
-}
+// Of an SM: 128 registers a thread.
+constexpr int combine_ctas(int head_dim) { return 512 / combine_threads(head_dim); }
 
 }  // namespace vsa

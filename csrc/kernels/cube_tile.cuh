@@ -13,6 +13,18 @@ struct CubeAddress {
   Extent3 origin;
 };
 
+struct NumberedCube {
+  CubeAddress address;
+  int cube;
+};
+
+// Number `index` of the cubes of all heads and batch entries: heads fastest, which lie side by side in
+// memory.
+VSA_DEVICE NumberedCube numbered_cube(const CubeGrid& grid, int heads, int index) {
+  int row = index / heads, batch = row / grid.num_cubes(), cube = row - batch * grid.num_cubes();
+  return {{batch, index - row * heads, grid.origin(cube)}, cube};
+}
+
 VSA_DEVICE void box_coordinates(int32_t (&result)[5], const CubeCoordinates& at, const CubeAddress& cube,
                                 int panel) {
   result[0] = cube.head * at.head_in_columns + 64 * panel;

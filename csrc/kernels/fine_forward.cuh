@@ -290,11 +290,12 @@ VSA_DEVICE void fine_forward_epilogue(FloatTile<Kernel::kHeadDim>& out, OnlineSo
 
   if (params.combine) {
     if (params.store_out_fine) store_tokens<T>(out, params.out_fine, params.q_grid, address);
-    multiply_gate<T>(out, params.gate_fine, params.q_grid, address, valid);
+    multiply_gate<T>(out, params.gate_fine, params.q_grid, address);
     if (params.coarse) {
       int64_t first = (int64_t(address.batch) * params.heads + address.head) * params.coarse_grid.num_cubes();
-      const auto* coarse = static_cast<const T*>(params.coarse) + first * Kernel::kHeadDim;
-      add_gated_coarse(out, coarse, params.coarse_grid, params.gate_coarse, params.q_grid, address, valid);
+      CoarseRows<T> coarse{static_cast<const T*>(params.coarse) + first * Kernel::kHeadDim,
+                           params.coarse_grid, params.same_grid, cube};
+      add_gated_coarse(out, coarse, params.gate_coarse, params.q_grid, address);
     }
   }
   store_tokens<T>(out, params.out, params.q_grid, address);

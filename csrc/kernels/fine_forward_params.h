@@ -20,6 +20,7 @@ struct FineForwardParams {
   float* lse;                    // [batch, heads, num_q_blocks, 64], natural log
   const void* coarse;            // [batch, heads, coarse cubes, head_dim], the query's type, or null
   Gate gate_fine, gate_coarse;
+  bool same_grid;       // q_grid is coarse_grid
   bool combine;         // out = out_fine * gate_fine + coarse * gate_coarse; else out = out_fine
   bool store_out_fine;  // only with `combine`
   float scale_log2;     // the scale, above 0, times log2(e)

@@ -11,6 +11,7 @@ struct Gate {
   const void* values;
   const float* scalar;
   float factor;
+  bool vector_rows;  // rows of `values` can be read 16 bytes at a time
   int64_t strides[4];
 };
 

@@ -1,9 +1,10 @@
 // Mean over each cube's real tokens of query, key and value, in one launch, straight from raster tokens (VSA,
 // section 2.2).
 //
-// A CTA takes tiles_per_cta cubes one after another (heads fastest: they lie side by side in memory), from a
-// ring of kStages tiles that the copy engine fills ahead; thread 0 is the producer and all threads add. Bound
-// by memory: every token is read once; kStages * CTAs per SM tiles in flight hide its latency.
+// A CTA takes every gridDim-th cube (heads fastest: those that are loaded at a time lie side by side in
+// memory), from a ring of kStages tiles that the copy engine fills ahead; thread 0 is the producer and all
+// threads add. Bound by memory: every token is read once; kStages * CTAs per SM tiles in flight hide its
+// latency.
 //
 //   thread 0     load 0 .. kStages-1 |        load kStages      |  ...
 //   all threads                      | wait full 0, add, barrier | wait full 1, add, barrier | ...
@@ -26,21 +27,14 @@ struct PoolShared {
 };
 
 struct PoolTile {
-  int tensor, cube;
-  CubeAddress address;
+  int tensor;
+  NumberedCube of;
 };
 
 VSA_DEVICE PoolTile pool_tile(const PoolParams& params, int index) {
-  PoolTile tile;
-  int cubes = params.grid.num_cubes();
-  tile.address.head = index % params.heads;
-  index /= params.heads;
-  tile.cube = index % cubes;
-  index /= cubes;
-  tile.address.batch = index % params.batch;
-  tile.tensor = index / params.batch;
-  tile.address.origin = params.grid.origin(tile.cube);
-  return tile;
+  int per_tensor = params.batch * params.heads * params.grid.num_cubes();
+  int tensor = index / per_tensor;
+  return {tensor, numbered_cube(params.grid, params.heads, index - tensor * per_tensor)};
 }
 
 // Sums of 8 columns over the tile's 64 rows; thread (column, row % 8) adds 8 rows, then the 8 lanes of a
@@ -78,19 +72,18 @@ VSA_DEVICE void pool(const PoolMaps& maps, const PoolParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
   int all = kPoolTensors * params.batch * params.heads * params.grid.num_cubes();
-  int first = blockIdx.x * params.tiles_per_cta;
-  int count = min(params.tiles_per_cta, all - first);
+  int count = ceil_div(all - int(blockIdx.x), gridDim.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; i++) shared.full[i].init(1);
     fence_barrier_init();
   }
   __syncthreads();
 
-  auto load_tile = [&shared, &maps, &params, first](int i) {
-    PoolTile tile = pool_tile(params, first + i);
+  auto load_tile = [&shared, &maps, &params](int i) {
+    PoolTile tile = pool_tile(params, blockIdx.x + i * gridDim.x);
     Barrier& full = shared.full[i % kStages];
     full.arrive_expect(sizeof(shared.tiles[0]));
-    load_cube(shared.tiles[i % kStages], maps.input[tile.tensor], params.input[tile.tensor], tile.address,
+    load_cube(shared.tiles[i % kStages], maps.input[tile.tensor], params.input[tile.tensor], tile.of.address,
               full);
   };
   if (threadIdx.x == 0) {
@@ -107,15 +100,14 @@ VSA_DEVICE void pool(const PoolMaps& maps, const PoolParams& params) {
     if (threadIdx.x == 0 && i + kStages < count) load_tile(i + kStages);
 
     if (first_row == 0) {
-      PoolTile tile = pool_tile(params, first + i);
-      Extent3 side = params.grid.sides(tile.address.origin);
+      auto [tensor, of] = pool_tile(params, blockIdx.x + i * gridDim.x);
+      Extent3 side = params.grid.sides(of.address.origin);
       float tokens = side.t * side.h * side.w;
-      int64_t row =
-          (int64_t(tile.address.batch) * params.heads + tile.address.head) * params.grid.num_cubes() +
-          tile.cube;
+      int64_t head_row = int64_t(of.address.batch) * params.heads + of.address.head;
+      int64_t row = head_row * params.grid.num_cubes() + of.cube;
       uint4 mean = {pack<T>(sums[0] / tokens, sums[1] / tokens), pack<T>(sums[2] / tokens, sums[3] / tokens),
                     pack<T>(sums[4] / tokens, sums[5] / tokens), pack<T>(sums[6] / tokens, sums[7] / tokens)};
-      reinterpret_cast<uint4*>(static_cast<T*>(params.output[tile.tensor]) + row * kHeadDim)[column] = mean;
+      reinterpret_cast<uint4*>(static_cast<T*>(params.output[tensor]) + row * kHeadDim)[column] = mean;
     }
   }
 }

@@ -2,24 +2,14 @@
 
 namespace vsa {
 
-extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64, false))
+extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64))
     combine_backward_d64_bf16(const __grid_constant__ CombineBackwardParams params) {
-  combine_backward<64, bf16, false>(params);
+  combine_backward<64, bf16>(params);
 }
 
-extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64, true))
-    combine_backward_d64_bf16_plain(const __grid_constant__ CombineBackwardParams params) {
-  combine_backward<64, bf16, true>(params);
-}
-
-extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64, false))
+extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64))
     combine_backward_d64_fp16(const __grid_constant__ CombineBackwardParams params) {
-  combine_backward<64, fp16, false>(params);
-}
-
-extern "C" __global__ void __launch_bounds__(combine_threads(64), combine_ctas(64, true))
-    combine_backward_d64_fp16_plain(const __grid_constant__ CombineBackwardParams params) {
-  combine_backward<64, fp16, true>(params);
+  combine_backward<64, fp16>(params);
 }
 
 }  // namespace vsa

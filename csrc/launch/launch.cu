@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "kernels/combine_backward.cuh"
+#include "kernels/delta.cuh"
 #include "kernels/fine_backward_kv.cuh"
 #include "kernels/fine_backward_q.cuh"
 #include "kernels/fine_forward.cuh"
@@ -22,13 +23,13 @@ namespace vsa {
 // Defined in the instantiation files beside this one.
 extern "C" {
 __global__ void combine_backward_d64_bf16(CombineBackwardParams);
-__global__ void combine_backward_d64_bf16_plain(CombineBackwardParams);
 __global__ void combine_backward_d64_fp16(CombineBackwardParams);
-__global__ void combine_backward_d64_fp16_plain(CombineBackwardParams);
 __global__ void combine_backward_d128_bf16(CombineBackwardParams);
-__global__ void combine_backward_d128_bf16_plain(CombineBackwardParams);
 __global__ void combine_backward_d128_fp16(CombineBackwardParams);
-__global__ void combine_backward_d128_fp16_plain(CombineBackwardParams);
+__global__ void delta_d64_bf16(DeltaMaps, DeltaParams);
+__global__ void delta_d64_fp16(DeltaMaps, DeltaParams);
+__global__ void delta_d128_bf16(DeltaMaps, DeltaParams);
+__global__ void delta_d128_fp16(DeltaMaps, DeltaParams);
 __global__ void fine_backward_fused_d64_bf16(FineBackwardKeysMaps, FineBackwardParams);
 __global__ void fine_backward_fused_d64_fp16(FineBackwardKeysMaps, FineBackwardParams);
 __global__ void fine_backward_fused_d128_bf16(FineBackwardKeysMaps, FineBackwardParams);
@@ -80,13 +81,13 @@ using Kernels = std::map<std::string, const void*>;
 const Kernels& kernels() {
   static const Kernels all = {
       {"combine_backward_d64_bf16", reinterpret_cast<const void*>(combine_backward_d64_bf16)},
-      {"combine_backward_d64_bf16_plain", reinterpret_cast<const void*>(combine_backward_d64_bf16_plain)},
       {"combine_backward_d64_fp16", reinterpret_cast<const void*>(combine_backward_d64_fp16)},
-      {"combine_backward_d64_fp16_plain", reinterpret_cast<const void*>(combine_backward_d64_fp16_plain)},
       {"combine_backward_d128_bf16", reinterpret_cast<const void*>(combine_backward_d128_bf16)},
-      {"combine_backward_d128_bf16_plain", reinterpret_cast<const void*>(combine_backward_d128_bf16_plain)},
       {"combine_backward_d128_fp16", reinterpret_cast<const void*>(combine_backward_d128_fp16)},
-      {"combine_backward_d128_fp16_plain", reinterpret_cast<const void*>(combine_backward_d128_fp16_plain)},
+      {"delta_d64_bf16", reinterpret_cast<const void*>(delta_d64_bf16)},
+      {"delta_d64_fp16", reinterpret_cast<const void*>(delta_d64_fp16)},
+      {"delta_d128_bf16", reinterpret_cast<const void*>(delta_d128_bf16)},
+      {"delta_d128_fp16", reinterpret_cast<const void*>(delta_d128_fp16)},
       {"fine_backward_fused_d64_bf16", reinterpret_cast<const void*>(fine_backward_fused_d64_bf16)},
       {"fine_backward_fused_d64_fp16", reinterpret_cast<const void*>(fine_backward_fused_d64_fp16)},
       {"fine_backward_fused_d128_bf16", reinterpret_cast<const void*>(fine_backward_fused_d128_bf16)},
@@ -183,12 +184,14 @@ CUtensorMap encode(const TensorMapPlan& map, const LaunchPlan& plan, int device)
   return result;
 }
 
-// Makes `device` current for the calls between, as torch leaves it otherwise.
+// Makes `device` current for the calls between, as torch leaves it otherwise. Sets it even where it is
+// current already: a thread's first call here may be one of the driver, which needs the context that this
+// makes.
 class DeviceGuard {
  public:
   DeviceGuard(const LaunchPlan& plan, int device) {
     check_cuda(cudaGetDevice(&previous_), plan, device, "reading the current device");
-    if (previous_ != device) check_cuda(cudaSetDevice(device), plan, device, "choosing the device");
+    check_cuda(cudaSetDevice(device), plan, device, "choosing the device");
     changed_ = previous_ != device;
   }
   ~DeviceGuard() {

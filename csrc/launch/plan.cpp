@@ -156,4 +156,19 @@ uint32_t checked_grid(int64_t ctas, const char* kernel) {
   return uint32_t(ctas);
 }
 
+uint32_t equal_shares(int64_t items, int ctas_per_sm, int num_sms, const char* kernel) {
+  check_argument(num_sms > 0, "num_sms: got ", num_sms, ", expected at least 1");
+  checked_grid(items, kernel);
+  int64_t share = ceil_div(items, int64_t(num_sms) * ctas_per_sm);
+  return uint32_t(ceil_div(items, share));
+}
+
+void copy_strides(int64_t (&strides)[4], const StridedTensor& tensor, const char* argument,
+                  const char* dimensions) {
+  if (tensor.address == 0) return;
+  check_argument(tensor.strides.size() == 4, argument, ": got ", tensor.strides.size(),
+                 " dimensions, expected ", dimensions);
+  for (int i = 0; i < 4; i++) strides[i] = tensor.strides[i];
+}
+
 }  // namespace vsa

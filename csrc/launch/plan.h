@@ -52,6 +52,16 @@ struct TokenTensor {
   std::array<int64_t, 3> strides{};  // elements: batch, token, head (head_dim's is 1)
 };
 
+// A tensor by address and strides in elements; address 0 where it is absent.
+struct StridedTensor {
+  uint64_t address = 0;
+  std::vector<int64_t> strides;
+};
+
+// Leaves `strides` alone where the tensor is absent. `dimensions` names them in errors.
+void copy_strides(int64_t (&strides)[4], const StridedTensor& tensor, const char* argument,
+                  const char* dimensions);
+
 // Same batch, heads, head_dim and type (token counts may differ: queries and keys may come from different
 // videos).
 void check_same_heads(const TokenTensor& tensor, const TokenTensor& expected, const char* argument);
@@ -83,5 +93,9 @@ TokenRows make_token_rows(const TokenTensor& tensor, const CubeGrid& grid, const
 std::string kernel_name(const char* stem, int64_t head_dim, ElementType type);
 
 uint32_t checked_grid(int64_t ctas, const char* kernel);
+
+// CTAs for `items` that they take in turns: as many as run at once, each with as many items, at most one
+// less.
+uint32_t equal_shares(int64_t items, int ctas_per_sm, int num_sms, const char* kernel);
 
 }  // namespace vsa

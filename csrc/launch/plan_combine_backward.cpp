@@ -5,18 +5,6 @@
 
 namespace vsa {
 
-namespace {
-
-bool has_vector_rows(const Gate& gate) {
-  bool aligned = reinterpret_cast<uintptr_t>(gate.values) % 16 == 0 && gate.strides[3] == 1;
-  for (int i = 0; i < 3; i++) aligned = aligned && gate.strides[i] % kVectorElements == 0;
-  return aligned;
-}
-
-bool is_one(const Gate& gate) { return !gate.values && !gate.scalar && gate.factor == 1.0f; }
-
-}  // namespace
-
 LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
   const TokenTensor& grad_out = arguments.grad_out;
   check_same_heads(arguments.out_fine, grad_out, "out_fine");
@@ -33,17 +21,10 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
   params.out_fine = make_token_rows(arguments.out_fine, arguments.q_grid, "out_fine");
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.grad_lse = pointer<const float>(arguments.grad_lse.address);
-  if (params.grad_lse) {
-    check_argument(arguments.grad_lse.strides.size() == 4, "grad_lse: got ",
-                   arguments.grad_lse.strides.size(),
-                   " dimensions, expected [batch, heads, num_q_blocks, 64]");
-    for (int i = 0; i < 4; i++) params.grad_lse_strides[i] = arguments.grad_lse.strides[i];
-  }
+  copy_strides(params.grad_lse_strides, arguments.grad_lse, "grad_lse", "[batch, heads, num_q_blocks, 64]");
   params.coarse = pointer<const void>(arguments.coarse);
   params.gate_fine = arguments.gate_fine;
   params.gate_coarse = arguments.gate_coarse;
-  params.vector_gate_fine = has_vector_rows(params.gate_fine);
-  params.vector_gate_coarse = has_vector_rows(params.gate_coarse);
   params.grad_fine = pointer<void>(arguments.grad_fine);
   params.delta = pointer<float>(arguments.delta);
   params.grad_coarse = pointer<void>(arguments.grad_coarse);
@@ -55,9 +36,6 @@ LaunchPlan plan_combine_backward(const CombineBackwardArguments& arguments) {
 
   LaunchPlan plan;
   plan.kernel = kernel_name("combine_backward", grad_out.head_dim, grad_out.type);
-  bool gradients = params.grad_fine || params.grad_gate_fine || params.grad_gate_coarse ||
-                   params.scalar_fine || params.scalar_coarse;
-  if (is_one(params.gate_fine) && !params.coarse && !gradients) plan.kernel += "_plain";
   plan.set_params(params);
   plan.grid[0] = checked_grid(int64_t(arguments.coarse_grid.num_cubes()) * grad_out.heads * grad_out.batch,
                               "combine_backward");

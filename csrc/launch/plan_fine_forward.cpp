@@ -13,10 +13,9 @@ Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor) {
   gate.factor = factor;
   gate.scalar = pointer<const float>(scalar);
   gate.values = pointer<const void>(values.address);
-  if (values.address == 0) return gate;
-  check_argument(values.strides.size() == 4, "gate: got ", values.strides.size(),
-                 " dimensions, expected [batch, tokens, heads, head_dim]");
-  for (int i = 0; i < 4; i++) gate.strides[i] = values.strides[i];
+  copy_strides(gate.strides, values, "gate", "[batch, tokens, heads, head_dim]");
+  gate.vector_rows = values.address % 16 == 0 && gate.strides[3] == 1;
+  for (int i = 0; i < 3; i++) gate.vector_rows = gate.vector_rows && gate.strides[i] % kVectorElements == 0;
   return gate;
 }
 
@@ -54,9 +53,10 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.q_block_sizes = pointer<const int32_t>(arguments.q_block_sizes);
   params.lse = pointer<float>(arguments.lse);
-  check_argument(arguments.coarse % 4 == 0,
-                 "coarse: got an address that is not 4-byte aligned; copy the tensor");
+  check_argument(arguments.coarse % 16 == 0,
+                 "coarse: got an address that is not 16-byte aligned; copy the tensor");
   params.coarse = pointer<const void>(arguments.coarse);
+  params.same_grid = arguments.coarse_grid == arguments.q_grid;
   params.gate_fine = arguments.gate_fine;
   params.gate_coarse = arguments.gate_coarse;
   const Gate& gate = params.gate_fine;

@@ -16,10 +16,8 @@ LaunchPlan plan_pool(const std::array<TokenTensor, 3>& inputs, const CubeGrid& g
   params.grid = grid;
   params.batch = int32_t(first.batch);
   params.heads = int32_t(first.heads);
-  check_argument(num_sms > 0, "num_sms: got ", num_sms, ", expected at least 1");
-  // As many CTAs as run at once, with equal shares: no second round that is not full.
-  int64_t tiles = checked_grid(int64_t(kPoolTensors) * first.batch * first.heads * grid.num_cubes(), "pool");
-  params.tiles_per_cta = int32_t(ceil_div(tiles, int64_t(num_sms) * kPoolCtasPerSm));
+  int64_t tiles = int64_t(kPoolTensors) * first.batch * first.heads * grid.num_cubes();
+  plan.grid[0] = equal_shares(tiles, kPoolCtasPerSm, num_sms, "pool");
   for (int i = 0; i < kPoolTensors; i++) {
     check_same_heads(inputs[i], first, kArguments[i]);
     CubeMap cube_map = make_cube_map(inputs[i], grid, kArguments[i]);
@@ -30,7 +28,6 @@ LaunchPlan plan_pool(const std::array<TokenTensor, 3>& inputs, const CubeGrid& g
   }
   plan.set_params(params);
 
-  plan.grid[0] = uint32_t(ceil_div(tiles, params.tiles_per_cta));
   plan.block[0] = pool_threads(first.head_dim);
   plan.shared_bytes = pool_shared_bytes(first.head_dim);
   return plan;

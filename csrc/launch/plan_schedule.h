@@ -5,12 +5,6 @@
 
 namespace vsa {
 
-// A tensor by address and strides in elements; address 0 where it is absent.
-struct StridedTensor {
-  uint64_t address = 0;
-  std::vector<int64_t> strides;
-};
-
 // counts [batch, heads, rows], entries [batch, heads, rows, max_blocks]; with entries absent every row has
 // all blocks.
 BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks);

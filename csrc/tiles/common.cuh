@@ -42,9 +42,6 @@ VSA_DEVICE bool elect_one() {
   return elected != 0;
 }
 
-// Loads that made `x` stay, though nobody reads it.
-VSA_DEVICE void keep(int x) { asm volatile("" ::"r"(x)); }
-
 // The compiler forgets what it knows of `x`, and computes anew what depends on it.
 VSA_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
 

@@ -204,4 +204,30 @@ VSA_DEVICE void store_rows(T* const (&rows)[2], const FloatTile<kCols>& tile) {
   }
 }
 
+// Of a row of 16-bit values, what a lane holds of a tile's row: [j] is columns 8j + tile_column() and the
+// next.
+template <class T_, int kCols>
+struct RowPairs {
+  using T = T_;
+  uint32_t data[kCols / 8];
+};
+
+// The other way: a row of this lane's quad, 16-byte aligned; null: zeros. All lanes of the warp.
+template <class T, int kCols>
+VSA_DEVICE void load_row(RowPairs<T, kCols>& pairs, const T* row) {
+  constexpr int kChunks = kCols / 32;  // of 16 bytes, a lane
+  uint4 chunks[kChunks];
+#pragma unroll
+  for (int k = 0; k < kChunks; k++) {
+    chunks[k] = row ? __ldg(reinterpret_cast<const uint4*>(row) + 4 * k + lane_id() % 4) : uint4{0, 0, 0, 0};
+  }
+#pragma unroll
+  for (int k = 0; k < kChunks; k++) {
+    uint32_t x[4] = {chunks[k].x, chunks[k].y, chunks[k].z, chunks[k].w};
+    quad_transpose(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs.data[4 * k + i] = x[i];
+  }
+}
+
 }  // namespace vsa
