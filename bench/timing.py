@@ -1,7 +1,7 @@
 """Interleaved timing: every backend in turn, round after round, so that the card is as warm for all.
 
-Each runs for a while before it is timed: clocks follow the power that is drawn, over tens of milliseconds,
-and a short kernel after a long one would be timed at the long one's clocks.
+Each runs for a while before it is timed: clocks follow the power that is drawn, over more than a tenth of a
+second, and a short kernel after a long one would be timed at the long one's clocks (bench/NOTES.md, "Power").
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 
 FEWEST, MOST = 3, 100  # rounds
 _WARMUP = 2
-_SETTLE_MS = 60.0  # of running before a backend's timed calls of a round
-_TIMED_MS = 20.0  # of these at least
+_SETTLE_MS = 150.0  # of running before a backend's timed calls of a round
+_TIMED_MS = 50.0  # of these at least
 
 
 @dataclass

@@ -369,12 +369,12 @@ def test_gpu_timing_warms_or_flushes_and_falls_back(l2, captures, monkeypatch):
     monkeypatch.setattr(timing, "_larger_than_l2", lambda device: buffer)
     calls = {name: lambda: log.append("run") for name in "ab"}
     timings = timing.interleave(calls, torch.device("cuda"), l2=l2, budget_s=0.0)
-    settle = ["run"] * 40  # 60 ms of calls that take 1.5
-    timed = [*(["flush"] if l2 == "cold" else []), "event", "run", "event"] * 14  # 20 ms of them
+    settle = ["run"] * 100  # 150 ms of calls that take 1.5
+    timed = [*(["flush"] if l2 == "cold" else []), "event", "run", "event"] * 34  # 50 ms of them
     turn = settle + timed
     assert log[-2 * timing.FEWEST * len(turn) :] == 2 * timing.FEWEST * turn
     assert timings["a"].timer == ("graph" if captures else "events") and timings["a"].l2 == l2
-    assert timings["a"].samples == [1.5] * 14 * timing.FEWEST
+    assert timings["a"].samples == [1.5] * 34 * timing.FEWEST
     assert timings["a"].note == (
         None if captures else "not captured: operation not permitted when stream is capturing"
     )
