@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import machine
+from vsa_cuda import _extension
 
 ROOT = Path(__file__).parents[1]
 TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
@@ -43,12 +44,24 @@ def _sanitizer(tool, seconds):
             *TESTS, *SANITIZED,
         ], seconds
     )  # fmt: skip
-    summary = re.findall(r"ERROR SUMMARY: .*", text)
     return {
         "tests": " ".join(SANITIZED),
         "exit_code": code,
-        "summary": summary[-1] if summary else f"no summary within {seconds} s",
         "passed": _count("passed", text),
+        **sanitizer_findings(text, seconds),
+    }
+
+
+def sanitizer_findings(text, seconds):
+    """What a tool found, apart from launches that it gave up on: how many, and which kernels of this package."""
+    summary = re.findall(r"ERROR SUMMARY: (\d+) error.*", text)
+    if not summary:
+        return {"summary": f"no summary within {seconds} s"}
+    lost = re.findall(r"Internal Sanitizer Error: .*? while launching (\S+)", text)
+    return {
+        "findings": int(summary[-1]) - len(lost),
+        "untracked_launches": len(lost),
+        "untracked_own": sorted({*lost} & {*_extension.load().kernel_names()}),
     }
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, flops, limits, plots, readme, rows
+from bench import cli, flops, gpu_tests, limits, plots, readme, rows
 from bench.floors import TARGETS, find, gather_floor
 from bench.roofline import Ceilings
 from bench_cases import SAMPLE
+from vsa_cuda import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,3 +199,18 @@ def test_readme_refuses_figures_elsewhere(page, figure):
 
 def test_this_readme():
     assert readme.check(ROOT / "README.md", ROOT / "bench" / "results") == []
+
+
+@pytest.mark.skipif(not _extension.is_available(), reason="vsa_cuda._C is not built: it knows the kernels")
+def test_sanitizer_findings_are_apart_from_launches_it_gave_up_on():
+    lost = (
+        "========= Internal Sanitizer Error: The Sanitizer encountered an error while launching {} and didn't"
+    )
+    text = "\n".join(
+        [lost.format("_ZN2at6native"), lost.format("_ZN2at6native"), lost.format("pool_d64_bf16")]
+    )
+    found = gpu_tests.sanitizer_findings(text + "\n========= ERROR SUMMARY: 5 errors\n17 passed", 60)
+    assert found == {"findings": 2, "untracked_launches": 3, "untracked_own": ["pool_d64_bf16"]}
+    clean = gpu_tests.sanitizer_findings("========= ERROR SUMMARY: 0 errors", 60)
+    assert clean == {"findings": 0, "untracked_launches": 0, "untracked_own": []}
+    assert gpu_tests.sanitizer_findings("....", 60) == {"summary": "no summary within 60 s"}

@@ -35,6 +35,8 @@ for name in names:
         note(name, True)
         sys.exit(3)
 note(None, True)
+if "slow" in names:
+    time.sleep(1.5)
 """
 
 
@@ -61,6 +63,11 @@ def supervised(tmp_path):
 
 def test_session_runs_every_case_once(supervised):
     assert supervised("a", "b", "c") == (["a", "b", "c"], [], 0)
+
+
+def test_a_worker_may_take_its_time_to_end(supervised, monkeypatch):
+    monkeypatch.setattr(session, "_START_S", 1.0)
+    assert supervised("a", "slow") == (["a", "slow"], [], 0)
 
 
 def test_session_outlives_hangs_and_crashes(supervised):

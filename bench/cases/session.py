@@ -165,7 +165,7 @@ def _watch(runner, worker, progress, by_name, left, deadline) -> list[str]:
         if now > deadline:
             _end(worker)
             return left if case is None else left[left.index(case.name) :]
-        if now - (current["started"] if case else began) > timeout:
+        if not current["done"] and now - (current["started"] if case else began) > timeout:
             _end(worker)
             if case is None:
                 runner.record_failure("session", "the worker did not start in time")
