@@ -53,7 +53,7 @@ def _sanitizer(tool, seconds):
 
 
 def sanitizer_findings(text, seconds):
-    """What a tool found, apart from launches that it gave up on: how many, and which kernels of this package."""
+    """What a tool found; apart from it, launches that it gave up on: how many, which of our kernels."""
     summary = re.findall(r"ERROR SUMMARY: (\d+) error.*", text)
     if not summary:
         return {"summary": f"no summary within {seconds} s"}
