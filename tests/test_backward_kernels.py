@@ -182,10 +182,8 @@ def test_delta_of_many_cubes_of_one_cta(head_dim, schedule, seed, monkeypatch):
     """Every stage of a CTA's ring is filled again and again; pads hold NaN."""
     monkeypatch.setattr(simulated, "NUM_SMS", 1)
     run_schedule = functools.partial(run_simulated, seed=4 * seed + schedule)
-    grid, sizes = (
-        CubeGrid.linear(64 * 9 - 7),
-        torch.tensor([64, 0, 17, 5, 64, 64, 1, 63, 57], dtype=torch.int32),
-    )
+    grid = CubeGrid.linear(64 * 9 - 7)
+    sizes = torch.tensor([64, 0, 17, 5, 64, 64, 1, 63, 57], dtype=torch.int32)
     shape = (2, grid.num_tokens, 3, head_dim)
     check_combine_backward(run_schedule, grid, shape, torch.bfloat16, None, None, True, sizes)
 

@@ -134,7 +134,7 @@ def test_side_stream(seed):
 
 
 def test_first_call_of_a_thread(seed):
-    """Tensor maps are made before anything of the runtime is called there. Each op: each in a new thread."""
+    """Each op in a thread of its own, where it makes tensor maps before anything else called the runtime."""
     case = Case((8, 16, 24), heads=2, head_dim=64, topk=8, seed=seed)
     query, key, value = (x.cuda() for x in (case.query, case.key, case.value))
     ops, grid = torch.ops.vsa_cuda, (case.q_shape, (4, 4, 4))

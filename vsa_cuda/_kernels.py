@@ -212,9 +212,8 @@ def combine_backward(
     cubes = (batch, heads, coarse_grid.num_cubes)
     gated = gate_fine is not None or gate_fine_value != 1.0
     if not gated and coarse is None:
-        delta = _delta(grad_out, out_fine, grad_lse, q_block_sizes, q_grid)
-        grad_fine, *others = (out_fine.new_empty(0) for _ in range(4))
-        return grad_fine, delta, *others
+        absent = [out_fine.new_empty(0) for _ in range(4)]
+        return absent[0], _delta(grad_out, out_fine, grad_lse, q_block_sizes, q_grid), *absent[1:]
     grad_fine = out_fine.new_empty(out_fine.shape if gated else 0)
     delta = out_fine.new_empty((batch, heads, q_grid.num_cubes, 64), dtype=torch.float32)
     grad_coarse = out_fine.new_empty(0 if coarse is None else (*cubes, head_dim))
