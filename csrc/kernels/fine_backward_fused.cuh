@@ -36,8 +36,9 @@ struct ListedQueryTerms : QueryTerms<kBlocks> {
     listed[0] = first_block + stage_block(stage.first);
     listed[1] = first_block + stage_block(stage.second);
   }
-  // Of a stage's tile of dQ among those of all heads.
+  // Of a stage's tile of dQ among those of all heads; for lane 0, which alone needs it.
   VSA_DEVICE int64_t place(int tile, int panels) const {
+    if (lane_id() != 0) return 0;
     return kBlocks == 2 ? listed[tile] : listed[0] * panels + tile;
   }
 };
