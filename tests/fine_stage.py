@@ -27,7 +27,8 @@ RUNS = [
 ]
 
 
-def forward(case, seed=0, coarse_grid=None, with_lists=True, **gates):
+def forward(case, seed=0, coarse_grid=None, with_lists=True, kernels=None, **gates):
+    """The names of the kernels that ran are appended to the list `kernels`."""
     arguments = list(case.fine_arguments)
     if not with_lists:
         arguments[3:5] = None, None
@@ -41,6 +42,8 @@ def forward(case, seed=0, coarse_grid=None, with_lists=True, **gates):
     with simulated_device(*tensors, seed=seed) as device:
         out, out_fine, lse = _kernels.fine_forward(*arguments)
     device.assert_written(out, lse)
+    if kernels is not None:
+        kernels += device.kernels
     return out, out_fine, lse
 
 

@@ -1,8 +1,11 @@
 """The fine stage's forward kernel in the simulator, against the reference in float64."""
 
+import functools
+
 import pytest
 import torch
 
+import simulated
 from attention_cases import EDGE_CASES, LINEAR, Case, random_case
 from fine_stage import check_forward, forward
 from simulated import simulated_device
@@ -160,15 +163,80 @@ def test_gates_in_the_epilogue(fine, coarse, head_dim, seed):
     check_epilogue(case, fine, coarse, seed)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "sms"), [(64, 3), (128, 3), (128, 16)])  # the last in pairs of CTAs
 @pytest.mark.parametrize("gate", [None, "tensor", "strided"])
 @pytest.mark.parametrize("video_shape", [(5, 7, 9), (4, 4, 8), (1, 1, 1)])
-def test_all_blocks_of_the_linear_grid(video_shape, gate, head_dim, seed):
+def test_all_blocks_of_the_linear_grid(video_shape, gate, head_dim, sms, seed, monkeypatch):
     """No lists; a token takes the coarse output of its cube of the video."""
+    monkeypatch.setattr(simulated, "NUM_SMS", sms)
     coarse_grid = CubeGrid(video_shape)
     blocks = (1, 1, coarse_grid.num_tokens)
     case = Case(blocks, LINEAR, batch=2, heads=2, head_dim=head_dim, lists="dense", seed=seed)
     check_epilogue(case, gate, gate, seed, coarse_grid, with_lists=False)
+
+
+def linear(queries, keys, **options):
+    shapes = (1, 1, queries), LINEAR, (1, 1, keys), LINEAR
+    return functools.partial(Case, *shapes, head_dim=128, lists="dense", **options)
+
+
+# Tokens of queries and of keys; multiprocessors. 128 queries are a task.
+PAIRS = {
+    "one pair": (linear(4 * 64, 3 * 64), 3),
+    "the last task of one block, and its partner of none": (linear(5 * 64 - 7, 9 * 64 - 3, heads=2), 8),
+    "the last partner's block would lie two further": (linear(6 * 64, 4 * 64, heads=2, layout="packed"), 8),
+    "a few keys": (linear(4 * 64, 10, batch=2, layout="bhsd"), 4),
+    "partners of none before and after others": (linear(9 * 64 - 1, 6 * 64 - 5, heads=2), 4),
+    "more multiprocessors than pairs": (linear(3 * 64, 2 * 64), 9),
+    "an odd number of multiprocessors": (linear(8 * 64, 5 * 64, heads=2), 5),
+    "cubes of a video": (
+        functools.partial(Case, (5, 9, 10), heads=2, head_dim=128, lists="dense", layout="packed"), 24
+    ),
+}  # fmt: skip
+
+
+def alone(case, monkeypatch):
+    """out, lse by CTAs that have no partner."""
+    monkeypatch.setattr(simulated, "NUM_SMS", 1)
+    out, _, lse = forward(case, with_lists=False)
+    return out, lse
+
+
+def check_pairs(case, sms, seeds, monkeypatch):
+    expected = alone(case, monkeypatch)
+    check_forward(case, *expected)
+    monkeypatch.setattr(simulated, "NUM_SMS", sms)
+    kernels = []
+    for seed in seeds:
+        out, _, lse = forward(case, seed, with_lists=False, kernels=kernels)
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert {kernel.split("_d128")[0] for kernel in kernels} == {"fine_forward_dense"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS.keys())
+def test_pairs_of_ctas_give_the_same_bits(pairs, dtype, seed, monkeypatch):
+    """Under each of the simulator's four kinds of schedules."""
+    make, sms = pairs
+    case = make(dtype=dtype, seed=seed)
+    check_pairs(case, sms, range(4 * seed, 4 * seed + 4), monkeypatch)
+
+
+@pytest.mark.parametrize("schedule", range(4))
+def test_pairs_of_ctas_over_long_runs(schedule, seed, monkeypatch):
+    """72 stages a task, so that the barriers go round in each; CTAs without a block between others."""
+    case = linear(9 * 64, 143 * 64 + 1, heads=2, seed=seed)()
+    check_pairs(case, 4, [4 * seed + schedule], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("jump", [12, 300])
+def test_pairs_of_ctas_compute_scores_again(jump, dtype, seed, monkeypatch):
+    case = linear(3 * 64, 64 * 7 - 9, dtype=dtype, seed=seed)()
+    case.query[..., 0] = 16
+    steps = torch.arange(64 * 7 - 9) // 128 - (3 if jump > 100 else 0)
+    case.key[..., 0] = (steps * jump * 128**0.5 / 16).to(dtype)[None, :, None]
+    check_pairs(case, 4, [seed, seed + 1], monkeypatch)
 
 
 def test_coarse_cubes_of_another_shape(seed):

@@ -390,11 +390,54 @@ def test_plans_of_dense_attention():
     assert list(zip(stems(plans), [plan.grid[0] for plan in plans], strict=True)) == [
         ("pool", 3 * 2 * 3 * 12),
         ("fine_forward", 2 * 3),  # 12 pooled tokens are one block
-        ("fine_forward", 2 * 3 * 3),  # blocks in pairs
+        ("fine_forward_dense", 2 * 3 * 4),  # blocks in pairs, CTAs in pairs
         ("combine_backward", 2 * 3 * 12),
         ("fine_backward_q", 2 * 3 * 3),
         ("fine_backward_kv", 2 * 3 * 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads", "sms", "changes", "ctas"),
+    [
+        (2, 300, 132, {}, None),  # one task a head has no neighbour
+        (3, 1, 132, {}, 2),
+        (5, 66, 132, {}, 132),  # 198 tasks, or 132 pairs of which each second is half empty
+        (5, 44, 132, {}, None),  # 132 tasks at once, or 88 pairs at 66 at a time
+        (5, 33, 133, {}, 132),
+        (8, 1, 3, {}, 2),
+        (8, 3, 3, {}, None),  # 12 at 3 at a time, or 6 pairs at one
+        (8, 3, 1, {}, None),
+        (8, 3, 132, {"head_dim": 64}, None),
+        (8, 3, 132, {"block_sizes": BASE}, None),
+        (8, 3, 132, {"schedule": True}, None),
+    ],
+)
+def test_when_ctas_of_the_forward_pair(blocks, heads, sms, changes, ctas):
+    """`ctas` of them, or None."""
+    plan = plan_forward(blocks, heads, sms, **changes)
+    if ctas is None:
+        assert stems([plan]) == ["fine_forward"] and plan.cluster == (1, 1, 1)
+    else:
+        assert stems([plan]) == ["fine_forward_dense"] and plan.cluster == (2, 1, 1)
+        assert plan.grid == (ctas, 1, 1)
+
+
+def plan_forward(blocks, heads, sms, head_dim=128, block_sizes=0, schedule=False):
+    C = _extension.load()
+    like = torch.zeros(1, 64 * blocks, heads, head_dim, dtype=torch.bfloat16)
+    grid, tensor = C.CubeGrid(video_shape=(1, 1, 64 * blocks), cube=(1, 1, 64)), _kernels._tokens(like)
+    gate, _ = _kernels._gate(None, 1.0)
+    lists = torch.zeros(1, heads, blocks, dtype=torch.int32), torch.zeros(1, heads, blocks, 1).int()
+    with recorded_plans():
+        made, _kept = _kernels._schedule(
+            "fine_forward", like, grid, grid, None, lists if schedule else (None, None)
+        )
+    return C.plan_fine_forward(
+        query=tensor, key=tensor, value=tensor, out=tensor, out_fine=tensor, store_out_fine=False,
+        q_grid=grid, kv_grid=grid, coarse_grid=grid, schedule=made, block_sizes=block_sizes, q_block_sizes=0,
+        lse=BASE, coarse=0, gate_fine=gate, gate_coarse=gate, scale=0.125, num_sms=sms,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ def launch_every_kernel(heads, head_dim, dtype):
 
     _kernels.coarse_forward(q, q, q, video_shape, cube, topk, scale, True)
     _kernels.fine_forward(q, q, q, counts, indices, None, None, coarse, *gates, *shapes, scale, True)
+    linear, block = (1, 1, 5 * 6 * 7), (1, 1, 64)
+    _kernels.fine_forward(
+        q, q, q, None, None, None, None, coarse, *gates, linear, linear, block, block, scale, True,
+        video_shape, cube,
+    )  # fmt: skip
     _kernels.combine_backward(q, q, None, coarse, *gates, None, video_shape, cube)
     _kernels.coarse_backward(coarse, *pooled, coarse, lse, scale)
     _kernels.select(*pooled[:2], topk, scale, "plan_select_large")

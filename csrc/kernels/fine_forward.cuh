@@ -12,6 +12,9 @@
 // The exponentials refer to the maximum of a row's first tile; only where they outgrow it is it raised.
 // A consumer holds the values of its pending product for fewer than kStages stages, then finishes it alone:
 // the ring always has room for the stage that everyone waits for, whatever the lists.
+//
+// Where every cube attends to all, tasks need the same keys: a variant pairs two CTAs in a cluster, each of
+// which loads half of a stage for both (tile_ring.cuh). A pair takes neighbouring tasks of one head.
 #pragma once
 
 #include "kernels/fine_forward_params.h"
@@ -32,10 +35,12 @@ struct ValidRows {
 };
 static_assert(sizeof(ValidRows) == kValidRowsBytes);
 
-template <int kHeadDim_, class T_>
+// kPaired: without lists and block_sizes, in clusters of two CTAs.
+template <int kHeadDim_, class T_, bool kPaired_>
 struct FineForward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kPaired = kPaired_;
   static constexpr int kConsumers = fine_forward_consumers(kHeadDim);
   static constexpr int kStages = fine_forward_stages(kHeadDim);
   static constexpr int kStageTokens = kForwardStageBlocks * kCubeTokens;
@@ -45,8 +50,9 @@ struct FineForward {
 
   using QueryTile = SharedTile<T, kCubeTokens, kHeadDim>;
   using Tile = SharedTile<T, kStageTokens, kHeadDim>;
-  using KeyRing = TileRing<Tile, kStages, kConsumers, ValidRows>;
-  using ValueRing = TileRing<Tile, kStages, kConsumers>;
+  using KeyRing = TileRing<Tile, kStages, kConsumers, ValidRows, kPaired>;
+  using ValueRing = TileRing<Tile, kStages, kConsumers, Nothing, kPaired>;
+  using Run = StageRun<kForwardStageBlocks, !kPaired>;
   struct Shared {
     QueryTile query[kConsumers];
     KeyRing keys;
@@ -57,18 +63,19 @@ struct FineForward {
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
 
-using ForwardRun = StageRun<kForwardStageBlocks>;
-
 template <class Kernel>
 VSA_DEVICE Task fine_forward_task(const FineForwardParams& params, int index) {
-  return task_at<Kernel::kConsumers>(params.q_grid, params.heads, params.groups, index);
+  Task task = task_at<Kernel::kConsumers>(params.q_grid, params.heads, params.groups, index);
+  if constexpr (Kernel::kPaired) task.blocks = max(task.blocks, 0);  // none: completes a head's last pair
+  return task;
 }
 
 template <class Kernel>
-VSA_DEVICE ForwardRun fine_forward_run(const FineForwardParams& params, const Task& task, int index) {
+VSA_DEVICE typename Kernel::Run fine_forward_run(const FineForwardParams& params, const Task& task,
+                                                 int index) {
   ListedBlocks keys{params.kv_grid, params.block_sizes};
-  return stage_run<Kernel::kConsumers, kForwardStageBlocks>(params.schedule, params.q_grid, keys, task,
-                                                            index);
+  return stage_run<Kernel::kConsumers, kForwardStageBlocks, !Kernel::kPaired>(params.schedule, params.q_grid,
+                                                                              keys, task, index);
 }
 
 // The warp that loads queries.
@@ -98,15 +105,16 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, const Fin
   TileProducer<typename Kernel::KeyRing, kForwardStageBlocks, true> producer(ring);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     Task task = fine_forward_task<Kernel>(params, index);
-    ForwardRun run = fine_forward_run<Kernel>(params, task, index);
+    typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
       if (is_partial(stage)) valid_masks(ring.extras[slot].blocks, run.blocks, stage);
       full.arrive_expect(Kernel::Tile::kBytes);
-      load_blocks<kForwardStageBlocks>(ring.tiles[slot], maps.key, params.key, params.kv_grid, task, stage,
-                                       full);
+      load_blocks<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.key, params.key,
+                                                        params.kv_grid, task, stage, full);
     };
     producer.fill(run, false, load);
   }
+  if constexpr (Kernel::kPaired) producer.drain();
 }
 
 // The warp that loads values.
@@ -118,11 +126,13 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, const
     Task task = fine_forward_task<Kernel>(params, index);
     auto load = [&ring, &maps, &params, &task](const Stage& stage, int slot, Barrier& full) {
       full.arrive_expect(Kernel::Tile::kBytes);
-      load_blocks<kForwardStageBlocks>(ring.tiles[slot], maps.value, params.value, params.kv_grid, task,
-                                       stage, full);
+      load_blocks<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.value, params.value,
+                                                        params.kv_grid, task, stage, full);
     };
-    producer.fill(fine_forward_run<Kernel>(params, task, index), params.block_sizes, load);
+    bool clears = !Kernel::kPaired && params.block_sizes;
+    producer.fill(fine_forward_run<Kernel>(params, task, index), clears, load);
   }
+  if constexpr (Kernel::kPaired) producer.drain();
 }
 
 // Where all consumers work on a stage, they issue its products one after the other: the softmax of one then
@@ -156,7 +166,7 @@ struct FineForwardConsumer {
   typename Kernel::Shared& shared;
   const FineForwardParams& params;
   const Task& task;
-  const ForwardRun& run;
+  const typename Kernel::Run& run;
   int consumer;
   OnlineSoftmax softmax;
   FloatTile<Kernel::kHeadDim> out;
@@ -309,7 +319,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
   Turns<Kernel::kConsumers>::start(consumer);
   for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     Task task = fine_forward_task<Kernel>(params, index);
-    ForwardRun run = fine_forward_run<Kernel>(params, task, index);
+    typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     Stage window = run.load(lane_id());
     bool exists = consumer < task.blocks;
     FineForwardConsumer<Kernel> self{shared, params, task, run, consumer, OnlineSoftmax(params.scale_log2)};
@@ -328,9 +338,9 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
   Turns<Kernel::kConsumers>::finish(consumer);
 }
 
-template <int kHeadDim, class T>
+template <int kHeadDim, class T, bool kPaired = false>
 VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParams& params) {
-  using Kernel = FineForward<kHeadDim, T>;
+  using Kernel = FineForward<kHeadDim, T, kPaired>;
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(shared_bytes);
 
@@ -346,7 +356,11 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value}) prefetch_map(*map);
   }
-  __syncthreads();
+  if constexpr (kPaired) {
+    cluster_sync();  // before an arrival or bytes of the peer at a barrier that is none yet
+  } else {
+    __syncthreads();
+  }
 
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
@@ -359,6 +373,7 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
     register_increase<Kernel::kConsumerRegisters>();
     fine_forward_consume<Kernel>(shared, params, warpgroup);
   }
+  if constexpr (kPaired) cluster_sync();  // the peer may still load into this CTA's tiles
 }
 
 }  // namespace vsa

@@ -25,7 +25,7 @@ struct FineForwardParams {
   bool store_out_fine;  // only with `combine`
   float scale_log2;     // the scale, above 0, times log2(e)
   int32_t heads;
-  int32_t groups;     // of cubes in a head, a task each
+  int32_t groups;     // of cubes in a head, a task each; even for CTAs in pairs, the last one perhaps empty
   int32_t num_tasks;  // groups of query cubes, over all heads and batch entries
 };
 

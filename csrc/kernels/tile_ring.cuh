@@ -18,33 +18,58 @@
 //   first is then emptied up to kStages back. Each member of the stage 64 back had awaited its second tile
 //   before it released the first tile of any stage that it attended 32 + kStages later or after that (what it
 //   leaves pending it finishes before that is kStages stages old); so that second tile had been filled.
+//
+// A paired ring is one of two, in the CTAs of a cluster, which hold the same tiles: each producer loads one
+// half of a stage into both. Position by position, in both CTAs:
+//
+//   producer   | wait empty, full of the tile's last stage | arrive at the peer's ready | wait ready | load |
+//
+// ready, of a tile: an arrival by the peer's producer, when its own tile of that number may be written. So a
+// CTA writes to both only when nobody of either reads, and consumers know of their own CTA alone. full gets
+// the bytes of both halves. The peer's may come before they are expected, which leaves a count below zero for
+// a while; the phase cannot end, as this producer's arrival is still to come.
+// - Both CTAs go through the same number of stages, so that each arrival at ready is waited for. Nobody waits
+//   for ready with a tile of an earlier position to announce, hence no circle.
+// - A task may have no consumer at all. The producer then arrives at empty for all of them, perhaps before
+//   the stage has landed; so it waits for full of the stage that it replaces, and at the end for the last
+//   kStages (drain), lest a CTA exits while its peer's copies are on their way to it.
+// - The second ring's full barriers are not a phase behind in such a task either, where no member links the
+//   rings: the peer has a member of every stage, which does, and each ring's positions are at most kStages
+//   apart in the two CTAs.
 #pragma once
 
 #include "kernels/stage_run.cuh"
 #include "kernels/tile_ring.h"
+#include "tiles/cluster.cuh"
 
 namespace vsa {
 
 struct Nothing {};
 
-template <class Tile_, int kStages_, int kConsumers_, class Extra_ = Nothing>
+template <class Tile_, int kStages_, int kConsumers_, class Extra_ = Nothing, bool kPaired_ = false>
 struct TileRing {
   using Tile = Tile_;
   using Extra = Extra_;
   static constexpr int kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;
+  static constexpr bool kPaired = kPaired_;
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;  // of a consumer
   static_assert(kRingVisits + 2 * kStages <= kRingFullBarriers);
 
   Tile tiles[kStages];
   Extra extras[kStages];  // what the producer writes or loads beside a tile
   Barrier full[kRingFullBarriers], empty[kStages], landed;
+  std::conditional_t<kPaired, Barrier, Nothing> ready[kStages];
 
-  // Threads 0 to kRingFullBarriers - 1, each before fence_barrier_init, then __syncthreads.
+  // Threads 0 to kRingFullBarriers - 1, each before fence_barrier_init, then __syncthreads; cluster_sync if
+  // paired.
   VSA_DEVICE void init(int thread) {
     full[thread].init(1);
     if (thread < kStages) empty[thread].init(kConsumers * kWarps);
     if (thread == 0) landed.init(1);
+    if constexpr (kPaired) {
+      if (thread < kStages) ready[thread].init(1);
+    }
   }
 
   VSA_DEVICE Tile& tile(uint32_t position) { return tiles[position % kStages]; }
@@ -60,6 +85,14 @@ struct TileRing {
   VSA_DEVICE void release(uint32_t position) {
     __syncwarp();
     if (elect_one()) empty[position % kStages].arrive();
+  }
+
+  // Of a paired ring, the producer's warp when the tile is empty: returns when it is in both CTAs.
+  VSA_DEVICE void meet(uint32_t position, const RingPosition<kStages>& at) {
+    if (position >= kStages) await(position - kStages);
+    if (elect_one()) arrive_remote(ready[at.stage], cluster_cta() ^ 1);
+    __syncwarp();
+    ready[at.stage].wait(at.phase);
   }
 };
 
@@ -99,6 +132,7 @@ class TileProducer {
         bool clear = min(prefixes[0], prefixes[1]) < kCubeTokens;
         Barrier& full = ring_.full[position_ % kRingFullBarriers];
         ring_.empty[at_.stage].wait(at_.phase ^ 1);
+        if constexpr (Ring::kPaired) ring_.meet(position_, at_);
         if (elect_one()) {
           if (others > 0) ring_.empty[at_.stage].arrive(others * Ring::kWarps);
           load(stage, at_.stage, clear ? ring_.landed : full);
@@ -122,6 +156,11 @@ class TileProducer {
     }
   }
 
+  // Until all that was loaded has landed.
+  VSA_DEVICE void drain() {
+    for (uint32_t i = min(position_, uint32_t(Ring::kStages)); i > 0; i--) ring_.await(position_ - i);
+  }
+
  private:
   Ring& ring_;
   RingPosition<Ring::kStages> at_;
@@ -129,19 +168,26 @@ class TileProducer {
   uint32_t landed_phase_ = 0;
 };
 
-// One thread: a stage's blocks of one head into a tile of kBlocks * 64 rows. `full` gets the bytes.
-template <int kBlocks, class Tile>
+// One thread: a stage's blocks of one head into a tile of kBlocks * 64 rows. `full` gets the bytes. kPaired:
+// one block in each CTA of a cluster, which goes to both of them.
+template <int kBlocks, bool kPaired = false, class Tile>
 VSA_DEVICE void load_blocks(Tile& tile, const CUtensorMap& map, const CubeCoordinates& at,
                             const CubeGrid& grid, const Task& task, const Stage& stage, Barrier& full) {
-  static_assert(Tile::kRows == kBlocks * kCubeTokens);
+  static_assert(Tile::kRows == kBlocks * kCubeTokens && (!kPaired || kBlocks == 2));
 #pragma unroll
-  for (int b = 0; b < kBlocks; b++) {
+  for (int i = 0; i < (kPaired ? 1 : kBlocks); i++) {
+    int b = kPaired ? cluster_cta() : i;
     CubeAddress cube = task.address(grid, stage_block(b ? stage.second : stage.first));
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; panel++) {
       int32_t coordinates[5];
       box_coordinates(coordinates, at, cube, panel);
-      load_async(tile.panel(panel) + b * kCubeTokens * Tile::kPanelCols, map, coordinates, full);
+      auto* rows = tile.panel(panel) + b * kCubeTokens * Tile::kPanelCols;
+      if constexpr (kPaired) {
+        load_async(rows, map, coordinates, full, uint16_t(0b11));
+      } else {
+        load_async(rows, map, coordinates, full);
+      }
     }
   }
 }

@@ -50,6 +50,8 @@ __global__ void fine_forward_d64_bf16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d64_fp16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d128_bf16(FineForwardMaps, FineForwardParams);
 __global__ void fine_forward_d128_fp16(FineForwardMaps, FineForwardParams);
+__global__ void fine_forward_dense_d128_bf16(FineForwardMaps, FineForwardParams);
+__global__ void fine_forward_dense_d128_fp16(FineForwardMaps, FineForwardParams);
 __global__ void pool_d64_bf16(PoolMaps, PoolParams);
 __global__ void pool_d64_fp16(PoolMaps, PoolParams);
 __global__ void pool_d128_bf16(PoolMaps, PoolParams);
@@ -108,6 +110,8 @@ const Kernels& kernels() {
       {"fine_forward_d64_fp16", reinterpret_cast<const void*>(fine_forward_d64_fp16)},
       {"fine_forward_d128_bf16", reinterpret_cast<const void*>(fine_forward_d128_bf16)},
       {"fine_forward_d128_fp16", reinterpret_cast<const void*>(fine_forward_d128_fp16)},
+      {"fine_forward_dense_d128_bf16", reinterpret_cast<const void*>(fine_forward_dense_d128_bf16)},
+      {"fine_forward_dense_d128_fp16", reinterpret_cast<const void*>(fine_forward_dense_d128_fp16)},
       {"pool_d64_bf16", reinterpret_cast<const void*>(pool_d64_bf16)},
       {"pool_d64_fp16", reinterpret_cast<const void*>(pool_d64_fp16)},
       {"pool_d128_bf16", reinterpret_cast<const void*>(pool_d128_bf16)},

@@ -19,6 +19,17 @@ Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor) {
   return gate;
 }
 
+namespace {
+
+// Whether CTAs in pairs have no more tasks one after the other than CTAs on their own: where the groups of a
+// head are odd, half of its last pair has nothing to do.
+bool pays_in_pairs(int64_t rows, int64_t groups, int num_sms) {
+  int64_t pairs = num_sms / 2, tasks = rows * ceil_div(groups, 2);
+  return groups > 1 && pairs > 0 && ceil_div(tasks, pairs) <= ceil_div(rows * groups, num_sms);
+}
+
+}  // namespace
+
 LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   const TokenTensor& query = arguments.query;
   check_same_heads(arguments.key, query, "key");
@@ -27,7 +38,6 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   check_argument(arguments.lse != 0, "lse: got a null pointer, expected device memory");
 
   LaunchPlan plan;
-  plan.kernel = kernel_name("fine_forward", query.head_dim, query.type);
   FineForwardParams params{};
   params.q_grid = arguments.q_grid;
   params.kv_grid = arguments.kv_grid;
@@ -67,11 +77,18 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
                  ", expected a finite number above 0 in float32");
   params.heads = int32_t(query.heads);
   int head_dim = int(query.head_dim);
-  params.groups = int32_t(ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim)));
+  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim));
+  // Not with block_sizes: whose pads a producer clears, its peer would have to leave alone, and to wait for.
+  bool paired = head_dim == 128 && !params.schedule.stages && !params.block_sizes &&
+                pays_in_pairs(query.heads * query.batch, groups, arguments.num_sms);
+  plan.kernel = kernel_name(paired ? "fine_forward_dense" : "fine_forward", query.head_dim, query.type);
+  plan.cluster[0] = paired ? 2 : 1;
+  params.groups = int32_t(paired ? 2 * ceil_div(groups, 2) : groups);
   params.num_tasks = int32_t(checked_grid(params.groups * query.heads * query.batch, "fine_forward"));
   plan.set_params(params);
-  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
-  plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
+  int ctas = std::min(params.num_tasks, arguments.num_sms);
+  plan.grid[0] = ctas - ctas % int(plan.cluster[0]);
   plan.block[0] = fine_forward_threads(head_dim);
   plan.shared_bytes = fine_forward_shared_bytes(head_dim);
   return plan;

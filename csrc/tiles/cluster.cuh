@@ -1,6 +1,7 @@
-// Thread block clusters: barriers over all CTAs of a cluster and each other's shared memory.
+// Thread block clusters: barriers over all CTAs of a cluster, each other's shared memory and its barriers.
 #pragma once
 
+#include "tiles/barrier.cuh"
 #include "tiles/shared_tile.cuh"
 
 namespace vsa {
@@ -26,6 +27,20 @@ VSA_DEVICE int load_remote(const int* value, int cta) {
       : "r"(shared_address(value)), "r"(cta)
       : "memory");
   return result;
+}
+
+// Arrives at CTA `cta`'s copy of `barrier`: what this thread and those it waited for have read of shared
+// memory, the copy engine may overwrite for those that wait there. It says nothing of what they wrote: that
+// takes the cluster's scope, whose release ptxas makes a fence of the whole GPU, whose acquire empties L1.
+VSA_DEVICE void arrive_remote(const Barrier& barrier, int cta) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cta.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(&barrier)),
+      "r"(cta)
+      : "memory");
 }
 
 }  // namespace vsa

@@ -23,6 +23,15 @@ VSA_DEVICE void load_async(void* destination, const CUtensorMap& map, const int3
                             &full.state);
 }
 
+// The same into every CTA of the cluster whose bit is set in `ctas`: where `destination` lies in each one's
+// shared memory, and each one's `full` gets the bytes.
+template <int kRank>
+VSA_DEVICE void load_async(void* destination, const CUtensorMap& map, const int32_t (&coordinates)[kRank],
+                           Barrier& full, uint16_t ctas) {
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, destination, &map, coordinates,
+                            &full.state, ctas);
+}
+
 // One box out; elements out of range are not written. Completion through store_commit and store_wait_read.
 template <int kRank>
 VSA_DEVICE void store_async(const CUtensorMap& map, const int32_t (&coordinates)[kRank], const void* source) {
