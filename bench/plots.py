@@ -19,6 +19,7 @@ _MARKERS = {"random": "o", "video": "s", "dense": "D"}
 _LABELS = {"vsa_cuda": "VSA (this package)", "fa3": "FlashAttention-3, dense", "fastvideo": "FastVideo VSA",
            "flex": "FlexAttention", "cudnn": "cuDNN, dense", "torch": "PyTorch, dense"}  # fmt: skip
 _DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
+_WIDTHS = {64: 1, 128: 2.5}  # of lines, by head_dim
 
 
 def draw(rows: list[Row], path: Path) -> bool:
@@ -99,8 +100,8 @@ def _draw_column(axes, lines: list[list[Row]], label: str, x) -> None:
             "color": COLOURS[first.backend],
             "linestyle": "-" if first.direction == "fwd" else "--",
             "marker": _MARKERS[first.pattern],
-            "markersize": 6,
-            "linewidth": 2,
+            "markersize": 3 if first.D == 64 else 6,
+            "linewidth": _WIDTHS[first.D],
         }
         axes[0].plot([x(row) for row in line], [row.tflops for row in line], **style)
         rated = [row for row in line if row.tflops_ratio_to_dense_fa3 is not None and row.backend != "fa3"]
@@ -140,6 +141,9 @@ def _legend(figure, rows: list[Row]) -> None:
             handles.append(
                 Line2D([], [], color=TEXT, linestyle=style, linewidth=2, label=_DIRECTIONS[direction])
             )
+    for dim, width in _WIDTHS.items():
+        if any(row.D == dim for row in rows):
+            handles.append(Line2D([], [], color=TEXT, linewidth=width, label=f"head_dim {dim}"))
     for pattern, marker in _MARKERS.items():
         if any(row.pattern == pattern for row in rows):
             handles.append(Line2D([], [], color=TEXT, linestyle="", marker=marker, label=f"{pattern} lists"))

@@ -30,9 +30,12 @@ _FIGURES = ("ms", "TFLOP/s", "real tokens", "/ FA3 dense", "speed-up", "limit")
 
 
 def result_rows(results: Path) -> list[Row]:
-    """Rows of every result file, the newest of each case."""
+    """Rows of every result file, the newest of each case, and the ceilings of the runs they are from."""
     files = sorted(path for path in results.glob("*.json") if path.name != _NOT_ROWS)
-    return newest([row for path in files for row in read_json(path)])
+    rows = [row for path in files for row in read_json(path)]
+    cases = newest([row for row in rows if row.op != "roofline"])
+    runs = {(row.date, row.command) for row in cases}
+    return cases + [row for row in rows if row.op == "roofline" and (row.date, row.command) in runs]
 
 
 def section(rows: list[Row]) -> str:
@@ -45,11 +48,17 @@ def section(rows: list[Row]) -> str:
         runs[row.date, row.device, row.torch, row.cuda, row.commit, row.dirty, row.command].append(row)
     parts = []
     for run, measured in sorted(runs.items(), key=lambda item: str(item[0])):
-        parts.append(_run_line(*run))
+        tables = []
         for op in _TITLES:
             found = [row for row in measured if row.op == op]
             if found:
-                parts += [f"**{_TITLES[op]}**", _table(op, found)]
+                tables += [f"**{_TITLES[op]}**", _table(op, found)]
+        # A session stands open, other runs unfold.
+        if " session " in run[-1]:
+            parts += [_run_line(*run), *tables]
+        else:
+            cases = ", ".join(sorted({row.title for row in measured if row.op != "roofline"}))
+            parts += [f"<details><summary>{cases}</summary>", _run_line(*run), *tables, "</details>"]
     return "\n\n".join(parts)
 
 
