@@ -25,7 +25,7 @@ from vsa_cuda.geometry import CubeGrid
 
 Values = dict[str, torch.Tensor]
 CUBE = (4, 4, 4)
-_MOST_BYTES = 1_000_000
+_MOST_BYTES = 1_100_000
 _GATE_FINE = 0.75  # not 1, so that grad_fine is written
 
 
@@ -107,6 +107,32 @@ class Attention:
                 ("dq", "dk", "dv"),
             ),
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseForward:
+    """The forward over all pairs of blocks, by CTAs in pairs."""
+
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def inputs(self) -> Values:
+        generator = numpy.random.default_rng(0)
+        shape = (1, self.tokens, self.heads, self.head_dim)
+        return {name: _normal(generator, shape, self.dtype) for name in ("query", "key", "value")}
+
+    def steps(self) -> list[Step]:
+        shape, cube = (1, 1, self.tokens), (1, 1, 64)
+
+        def arguments(values):
+            inputs = (values[name] for name in ("query", "key", "value"))
+            grids = (shape, shape, cube, cube, self.head_dim**-0.5, True)
+            return *inputs, *(None,) * 7, 1.0, 0.0, *grids
+
+        return [Step(_kernels.fine_forward, arguments, ("out", None, "lse"))]
 
 
 @dataclass(frozen=True)
@@ -207,6 +233,8 @@ CASES = [
     Attention("d128-fp16", (5, 4, 5), 1, 128, FP16, 3),
     Attention("d64-bf16", (9, 4, 3), 2, 64, BF16, 2),
     Attention("d64-fp16", (5, 4, 5), 1, 64, FP16, 3),
+    DenseForward("dense-d128-bf16", 130, 1, 128, BF16),
+    DenseForward("dense-d128-fp16", 130, 1, 128, FP16),
     *(
         FusedBackward(f"fused-d{head_dim}-{name}", 90, 1, head_dim, dtype)
         for head_dim in (64, 128)

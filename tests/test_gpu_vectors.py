@@ -15,7 +15,7 @@ from vsa_cuda import _extension
 VECTORS = Path(__file__).parents[1] / "bench" / "results" / "gpu_vectors.npz"
 CASES = {case.name: case for case in gpu_vectors.CASES}
 SMALL = "d64-fp16"
-OWN = (SMALL, "fused-d64-fp16", "fused-d128-bf16", "select-d64-bf16")
+OWN = (SMALL, "dense-d128-bf16", "fused-d64-fp16", "fused-d128-bf16", "select-d64-bf16")
 
 pytestmark = [
     pytest.mark.simulator,

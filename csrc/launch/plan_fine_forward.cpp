@@ -79,7 +79,7 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   int head_dim = int(query.head_dim);
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim));
-  // Not with block_sizes: whose pads a producer clears, its peer would have to leave alone, and to wait for.
+  // Not with block_sizes: tiles whose pads are to be cleared land at a barrier that knows of no peer.
   bool paired = head_dim == 128 && !params.schedule.stages && !params.block_sizes &&
                 pays_in_pairs(query.heads * query.batch, groups, arguments.num_sms);
   plan.kernel = kernel_name(paired ? "fine_forward_dense" : "fine_forward", query.head_dim, query.type);
