@@ -157,6 +157,23 @@ def test_plot_colours_show_on_light_and_dark(ground):
         assert (light + 0.05) / (dark + 0.05) >= 3, f"{colour} on {ground}"
 
 
+def test_ceilings_stay_with_the_run_of_their_rows(sample, tmp_path):
+    """A later run's ceilings are shown beside its own rows, and a run without a newest row shows none."""
+    fine = next(row for row in sample if row.op == "fine")
+    ceiling = next(row for row in sample if row.op == "roofline")
+    runs = [("2026-01-01", "python -m bench session --x", "a"), ("2026-01-02", "python -m bench op", "b"),
+            ("2025-12-31", "python -m bench fine", "a")]  # fmt: skip
+    for date, command, case in runs:
+        measured = [replace(row, date=date, command=command) for row in (replace(fine, case=case), ceiling)]
+        rows.append_json(tmp_path / f"{date}.json", measured)
+    found = readme.result_rows(tmp_path)
+    assert sorted((row.op, row.date) for row in found) == sorted(
+        (op, date) for op in ("fine", "roofline") for date, _, _ in runs[:2]
+    )
+    text = readme.section(found)
+    assert text.index("--x") < text.index("<details><summary>b") < text.index("python -m bench op")
+
+
 @pytest.fixture
 def page(tmp_path):
     (tmp_path / "results").mkdir()
