@@ -110,8 +110,8 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class DenseForward:
-    """The forward over all pairs of blocks, by CTAs in pairs."""
+class AllPairs:
+    """All pairs of blocks of consecutive tokens: no lists."""
 
     name: str
     tokens: int
@@ -119,50 +119,47 @@ class DenseForward:
     head_dim: int
     dtype: torch.dtype
 
-    def inputs(self) -> Values:
-        generator = numpy.random.default_rng(0)
+    def draw(self, generator: numpy.random.Generator, *names: str) -> Values:
         shape = (1, self.tokens, self.heads, self.head_dim)
-        return {name: _normal(generator, shape, self.dtype) for name in ("query", "key", "value")}
+        return {name: _normal(generator, shape, self.dtype) for name in names}
+
+    @property
+    def grids(self) -> tuple:
+        """Video shapes and cubes of queries and keys, and the scale."""
+        shape, cube = (1, 1, self.tokens), (1, 1, 64)
+        return shape, shape, cube, cube, self.head_dim**-0.5
+
+
+class DenseForward(AllPairs):
+    """The forward, by CTAs in pairs."""
+
+    def inputs(self) -> Values:
+        return self.draw(numpy.random.default_rng(0), "query", "key", "value")
 
     def steps(self) -> list[Step]:
-        shape, cube = (1, 1, self.tokens), (1, 1, 64)
-
         def arguments(values):
             inputs = (values[name] for name in ("query", "key", "value"))
-            grids = (shape, shape, cube, cube, self.head_dim**-0.5, True)
-            return *inputs, *(None,) * 7, 1.0, 0.0, *grids
+            return *inputs, *(None,) * 7, 1.0, 0.0, *self.grids, True
 
         return [Step(_kernels.fine_forward, arguments, ("out", None, "lse"))]
 
 
-@dataclass(frozen=True)
-class FusedBackward:
-    """The backward in one pass, of all pairs of blocks. No dQ is a sum of more than one part."""
-
-    name: str
-    tokens: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
+class FusedBackward(AllPairs):
+    """The backward in one pass. No dQ is a sum of more than one part."""
 
     def inputs(self) -> Values:
         generator = numpy.random.default_rng(0)
-        blocks = CubeGrid.linear(self.tokens).num_cubes
-        tokens, rows = (1, self.tokens, self.heads, self.head_dim), (1, self.heads, blocks, 64)
-        values = {
-            name: _normal(generator, tokens, self.dtype) for name in ("grad_fine", "query", "key", "value")
-        }
+        rows = (1, self.heads, CubeGrid.linear(self.tokens).num_cubes, 64)
+        values = self.draw(generator, "grad_fine", "query", "key", "value")
         values["lse"] = math.log(self.tokens) + 0.1 * _normal(generator, rows, torch.float32)
         values["lse"].view(1, self.heads, -1)[..., self.tokens :] = torch.inf
         values["delta"] = _normal(generator, rows, torch.float32)
         return values
 
     def steps(self) -> list[Step]:
-        shape, cube = (1, 1, self.tokens), (1, 1, 64)
-
         def arguments(values):
             inputs = (values[name] for name in ("grad_fine", "query", "key", "value", "lse", "delta"))
-            return *inputs, *(None,) * 9, shape, shape, cube, cube, self.head_dim**-0.5, False
+            return *inputs, *(None,) * 9, *self.grids, False
 
         return [Step(_kernels.fine_backward, arguments, ("dq", "dk", "dv"))]
 
