@@ -104,8 +104,9 @@ FineBackwardArguments fine_backward_arguments(
     const TokenTensor& grad_query, const TokenTensor& grad_key, const TokenTensor& grad_value,
     const CubeGrid& q_grid, const CubeGrid& kv_grid, const Schedule& kv_schedule, const Schedule& q_schedule,
     uint64_t block_sizes, uint64_t q_block_sizes, uint64_t lse, uint64_t delta, uint64_t row_terms,
-    uint64_t grad_query_sums, uint64_t choose_by, uint64_t dq_pooled, uint64_t dk_pooled, uint64_t dv_pooled,
-    const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid, double scale, int num_sms) {
+    uint64_t grad_query_sums, bool adds_directly, uint64_t choose_by, uint64_t dq_pooled, uint64_t dk_pooled,
+    uint64_t dv_pooled, const CubeGrid& pooled_q_grid, const CubeGrid& pooled_kv_grid, double scale,
+    int num_sms) {
   FineBackwardArguments arguments{query,    key,        value,  grad_out, grad_query,
                                   grad_key, grad_value, q_grid, kv_grid};
   arguments.kv_schedule = kv_schedule;
@@ -116,6 +117,7 @@ FineBackwardArguments fine_backward_arguments(
   arguments.delta = delta;
   arguments.row_terms = row_terms;
   arguments.grad_query_sums = grad_query_sums;
+  arguments.adds_directly = adds_directly;
   arguments.choose_by = choose_by;
   arguments.dq_pooled = dq_pooled;
   arguments.dk_pooled = dk_pooled;
@@ -131,12 +133,13 @@ ScheduleArguments schedule_arguments(const std::string& pass, int64_t batch, int
                                      const CubeGrid& grid, const CubeGrid& listed_grid, uint64_t block_sizes,
                                      const StridedTensor& counts, const StridedTensor& entries,
                                      int64_t max_blocks, uint64_t offsets, uint64_t compressed_entries,
-                                     int64_t entries_per_head) {
+                                     int64_t entries_per_head, int num_sms) {
   ScheduleArguments arguments{fine_pass(pass), batch, heads, head_dim, grid, listed_grid, block_sizes};
   arguments.lists = make_block_lists(counts, entries, listed_grid.num_cubes());
   arguments.max_blocks = max_blocks;
   arguments.compressed = {pointer<const int32_t>(offsets), pointer<const int32_t>(compressed_entries),
                           entries_per_head};
+  arguments.num_sms = num_sms;
   return arguments;
 }
 
@@ -197,7 +200,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ScheduleArguments>(m, "ScheduleArguments")
       .def(py::init(&schedule_arguments), py::kw_only(), "kernel"_a, "batch"_a, "heads"_a, "head_dim"_a,
            "grid"_a, "listed_grid"_a, "block_sizes"_a, "counts"_a, "entries"_a, "max_blocks"_a, "offsets"_a,
-           "compressed_entries"_a, "entries_per_head"_a)
+           "compressed_entries"_a, "entries_per_head"_a, "num_sms"_a)
       .def_property_readonly("num_stages", &num_stages)
       .def_property_readonly("num_tasks", &num_tasks)
       .def_readwrite("stages", &ScheduleArguments::stages)
@@ -230,8 +233,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&fine_backward_arguments), py::kw_only(), "query"_a, "key"_a, "value"_a, "grad_out"_a,
            "grad_query"_a, "grad_key"_a, "grad_value"_a, "q_grid"_a, "kv_grid"_a, "kv_schedule"_a,
            "q_schedule"_a, "block_sizes"_a, "q_block_sizes"_a, "lse"_a, "delta"_a, "row_terms"_a,
-           "grad_query_sums"_a, "choose_by"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a, "pooled_q_grid"_a,
-           "pooled_kv_grid"_a, "scale"_a, "num_sms"_a);
+           "grad_query_sums"_a, "adds_directly"_a, "choose_by"_a, "dq_pooled"_a, "dk_pooled"_a, "dv_pooled"_a,
+           "pooled_q_grid"_a, "pooled_kv_grid"_a, "scale"_a, "num_sms"_a);
   m.def("plan_fine_backward_kv", &plan_fine_backward_kv, "arguments"_a);
   m.def("plan_fine_backward_q", &plan_fine_backward_q, "arguments"_a);
   m.def("plan_start_grad_query", &plan_start_grad_query, "arguments"_a);

@@ -43,7 +43,7 @@ def fine_backward_arguments(
 
     arguments = {
         "kv_schedule": C.Schedule(), "q_schedule": C.Schedule(), "scale": 0.1, "lse": BASE, "delta": BASE,
-        "row_terms": BASE, "grad_query_sums": BASE, "num_sms": NUM_SMS,
+        "row_terms": BASE, "grad_query_sums": BASE, "adds_directly": False, "num_sms": NUM_SMS,
     }  # fmt: skip
     optional = ("block_sizes", "q_block_sizes", "dq_pooled", "dk_pooled", "dv_pooled", "choose_by")
     arguments |= dict.fromkeys(optional, 0)

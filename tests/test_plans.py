@@ -389,8 +389,8 @@ def test_plans_of_dense_attention():
     assert lse.shape == delta.shape == (2, 3, 5, 64) and grad_coarse.shape == (2, 3, 12, 128)
     assert list(zip(stems(plans), [plan.grid[0] for plan in plans], strict=True)) == [
         ("pool", 3 * 2 * 3 * 12),
-        ("fine_forward", 2 * 3),  # 12 pooled tokens are one block
-        ("fine_forward_dense", 2 * 3 * 4),  # blocks in pairs, CTAs in pairs
+        ("fine_forward", 2 * 3 * 2),  # 12 pooled tokens are one block, in a group for two
+        ("fine_forward", 2 * 3 * 6),  # a block each, of three groups
         ("combine_backward", 2 * 3 * 12),
         ("fine_backward_q", 2 * 3 * 3),
         ("fine_backward_kv", 2 * 3 * 3),
@@ -401,11 +401,16 @@ def test_plans_of_dense_attention():
     ("blocks", "heads", "sms", "changes", "ctas"),
     [
         (2, 300, 132, {}, None),  # one task a head has no neighbour
-        (3, 1, 132, {}, 2),
-        (5, 66, 132, {}, 132),  # 198 tasks, or 132 pairs of which each second is half empty
-        (5, 44, 132, {}, None),  # 132 tasks at once, or 88 pairs at 66 at a time
+        (3, 1, 3, {}, 2),
+        (3, 1, 132, {}, None),  # a block in each of three CTAs
+        (5, 66, 132, {}, None),  # 198 groups, 132 of them and then 132 blocks: less than two rounds of pairs
+        (5, 66, 131, {}, None),  # two rounds of groups, or three of pairs, of which each second is half empty
+        (5, 44, 132, {}, None),  # 132 groups at once, or 88 pairs at 66 at a time
         (5, 33, 133, {}, 132),
-        (8, 1, 3, {}, 2),
+        (74, 66, 132, {}, 132),  # 18.5 rounds of groups, or 19 of pairs, which are shorter
+        (74, 50, 132, {}, 132),  # 14 rounds and 2 groups, which are short, or 14.4 of pairs
+        (70, 4, 3, {}, None),  # 140 at 3 at a time, or 72 pairs at one
+        (8, 1, 3, {}, None),  # three groups and two blocks
         (8, 3, 3, {}, None),  # 12 at 3 at a time, or 6 pairs at one
         (8, 3, 1, {}, None),
         (8, 3, 132, {"head_dim": 64}, None),

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -33,16 +34,21 @@ KINDS = ("random", "lengths", "overlap", "same", "disjoint", "all", "none", "one
 over_kernels = pytest.mark.parametrize(("kernel", "head_dim"), KERNELS)
 
 
-def simulate_schedule(kernel, like, grids, sizes, lists, compressed, seed):
-    with simulated_device(sizes, *lists, *compressed, seed=seed):
+def simulate_schedule(sms, kernel, like, grids, sizes, lists, compressed, seed):
+    with simulated_device(sizes, *lists, *compressed, seed=seed), multiprocessors(sms):
         _, made = _kernels._schedule(kernel, like, *grids, sizes, lists, compressed)
     return made
 
 
-def schedule_on_gpu(kernel, like, grids, sizes, lists, compressed, seed):
+def schedule_on_gpu(sms, kernel, like, grids, sizes, lists, compressed, seed):
     lists, compressed = ([on_gpu(x) for x in pair] for pair in (lists, compressed))
-    _, made = _kernels._schedule(kernel, on_gpu(like), *grids, on_gpu(sizes), lists, compressed)
+    with multiprocessors(sms):
+        _, made = _kernels._schedule(kernel, on_gpu(like), *grids, on_gpu(sizes), lists, compressed)
     return [x.cpu() for x in made]
+
+
+def multiprocessors(number):
+    return mock.patch.object(_extension, "num_sms", lambda device: number)
 
 
 @pytest.fixture(
@@ -77,6 +83,7 @@ class Problem:
     sizes: torch.Tensor | None = None
     wide: int = 0  # entries that no list needs
     one_head: bool = False  # whose lists all others share, by a stride of 0
+    sms: int = 1
 
     @property
     def heads(self):
@@ -109,17 +116,29 @@ class Problem:
             lists, compressed = self.arguments()
         like = torch.empty(len(self.rows), 1, len(self.rows[0]), self.head_dim, dtype=torch.bfloat16)
         grids = [_kernels._grid(grid.video_shape, grid.cube) for grid in (self.grid, self.listed_grid)]
-        stages, counts = make(self.kernel, like, grids, self.sizes, lists, compressed)
+        stages, counts = make(self.sms, self.kernel, like, grids, self.sizes, lists, compressed)
         return stages, counts, self.places(*lists, *compressed)
 
     def tasks(self):
-        """The lists of each task's blocks, and the head and the blocks."""
+        """The lists of each task's blocks, and the head and the blocks.
+
+        The forward's last groups, fewer than multiprocessors, are a task a block where each gets one at most;
+        a head's last group may have too few blocks for all of them.
+        """
         consumers, _ = KERNELS[self.kernel, self.head_dim]
         order = along_time(self.grid)
-        for number, head in enumerate(self.heads):
-            for first in range(0, len(order), consumers):
-                blocks = order[first : first + consumers]
-                yield number, blocks, [head[block] for block in blocks]
+        groups = [
+            (number, order[first : first + consumers])
+            for number in range(len(self.heads))
+            for first in range(0, len(order), consumers)
+        ]
+        last = len(groups) % self.sms
+        if self.kernel == "fine_forward" and 0 < last * consumers <= self.sms:
+            for number, blocks in groups[-last:]:
+                groups += [(number, blocks[i : i + 1]) for i in range(consumers)]
+            del groups[-last * (consumers + 1) : -last * consumers]
+        for number, blocks in groups:
+            yield number, blocks, [self.heads[number][block] for block in blocks]
 
     def places(self, counts, indices, offsets, entries):
         """Where stages of each task may lie: in a stretch of its own, or along the rows of its lists."""
@@ -242,7 +261,9 @@ GRIDS = [(9, 5, 6), (3, 9, 8), (13, 4, 3), (5, 6, 13), (1, 1, 1)]  # 3, 1, 4, 2 
 LISTED = (14, 15, 58)  # 4 * 4 * 15 cubes, those at all far sides partial
 
 
-def new_problem(kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=False, one_head=False, wide=0):
+def new_problem(
+    kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=False, one_head=False, wide=0, sms=1
+):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     listed_grid = CubeGrid(LISTED)
     listed = listed_grid.num_cubes
@@ -253,7 +274,7 @@ def new_problem(kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=Fal
     if ragged:
         sizes = torch.randint(60, 65, (listed,), generator=g, dtype=torch.int32)
         sizes[0] = 0
-    return Problem(kernel, head_dim, grid, listed_grid, rows, sizes, wide, one_head)
+    return Problem(kernel, head_dim, grid, listed_grid, rows, sizes, wide, one_head, sms)
 
 
 @over_kernels
@@ -273,8 +294,23 @@ def test_random_schedules(kernel, head_dim, trial, make, seed):
     shape = tuple(int(torch.randint(1, limit, (), generator=g)) for limit in (24, 10, 10))
     problem = new_problem(
         kernel, head_dim, KINDS[trial % 3], 100 * seed + 50 + trial, CubeGrid(shape), batch=2, heads=2,
-        ragged=trial == 0, one_head=trial == 1, wide=70 * (trial == 2),
+        ragged=trial == 0, one_head=trial == 1, wide=70 * (trial == 2), sms=1 + 5 * trial,
     )  # fmt: skip
+    check(problem, *problem.made(make))
+
+
+@pytest.mark.parametrize(("head_dim", "sms"), [(64, 8), (64, 15), (64, 100), (128, 7), (128, 12), (128, 11)])
+def test_the_last_groups_are_a_task_a_block(head_dim, sms, make, seed):
+    """7 blocks in each of 3 heads: 3 or 4 groups, of which a head's last one has a single block."""
+    problem = new_problem(
+        "fine_forward", head_dim, "overlap", seed, CubeGrid((26, 1, 1)), heads=3, ragged=True, sms=sms
+    )
+    blocks = [len(blocks) for _, blocks, _ in problem.tasks()]
+    expected = {
+        (64, 8): [3, 3, 1, 3, 3, 1, 3, 3, 1, 0, 0], (64, 15): [3, 3, 1] * 3, (64, 100): ([1] * 7 + [0, 0]) * 3,
+        (128, 7): [2, 2, 2, 1] * 3, (128, 12): [2, 2, 2, 1] * 3, (128, 11): [2, 2, 2, 1] * 2 + [2, 2, 2, 1, 0],
+    }  # fmt: skip
+    assert blocks == expected[head_dim, sms]
     check(problem, *problem.made(make))
 
 
@@ -347,6 +383,7 @@ def schedule_arguments(kernel="fine_forward", head_dim=128, like="lists", **chan
         ("block_sizes", "max_blocks", "offsets", "compressed_entries", "entries_per_head"), 0
     )
     arguments |= {"kernel": kernel, "batch": 2, "heads": 3, "head_dim": head_dim, "counts": nothing}
+    arguments["num_sms"] = 1
     arguments |= {"entries": nothing, "grid": C.CubeGrid(video_shape=(9, 7, 6), cube=(4, 4, 4))}
     arguments["listed_grid"] = C.CubeGrid(video_shape=(1, 1, 64 * 80), cube=(1, 1, 64))
     if like == "lists":

@@ -74,6 +74,7 @@ class FineBackwardArguments:
         delta: int,
         row_terms: int,
         grad_query_sums: int,
+        adds_directly: bool,
         choose_by: int,
         dq_pooled: int,
         dk_pooled: int,
@@ -104,6 +105,7 @@ class ScheduleArguments:
         offsets: int,
         compressed_entries: int,
         entries_per_head: int,
+        num_sms: int,
     ) -> None: ...
     @property
     def stages(self) -> int: ...

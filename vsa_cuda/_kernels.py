@@ -91,6 +91,7 @@ def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), 
         offsets=_address(offsets),
         compressed_entries=_address(compressed_entries),
         entries_per_head=0 if offsets is None else compressed_entries.shape[2],
+        num_sms=_extension.num_sms(like.device),
     )
     stages = like.new_empty((arguments.num_stages, 2), dtype=torch.int32)
     stage_counts = like.new_empty(arguments.num_tasks + 1, dtype=torch.int32)
@@ -352,6 +353,8 @@ def _differentiate(
         delta=_address(delta),
         row_terms=row_terms.data_ptr(),
         grad_query_sums=_address(grad_query_sums),
+        # Where lists are shorter than all blocks, neighbours share few stages.
+        adds_directly=lists[1] is not None and lists[1].shape[3] < kv_grid.num_cubes,
         choose_by=_address(q_offsets) if two_passes and fused else 0,
         dq_pooled=_address(dq_pooled),
         dk_pooled=_address(dk_pooled),

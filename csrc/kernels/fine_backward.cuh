@@ -83,7 +83,8 @@ struct MappedTokens {
 
 template <class Kernel>
 VSA_DEVICE Task fine_backward_task(const FineBackwardParams& params, int index) {
-  return task_at<Kernel::kConsumers>(Kernel::grid(params), params.heads, params.groups, index);
+  return task_at<Kernel::kConsumers>(Kernel::grid(params), params.heads, params.groups,
+                                     params.schedule.whole_tasks, index);
 }
 
 template <class Kernel>

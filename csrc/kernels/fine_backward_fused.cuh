@@ -2,9 +2,10 @@
 //
 // As the key pass (fine_backward_kv.cuh), and dQ += dS K besides: S and dP are computed once for all three, 5
 // matrix products. dS goes through shared memory, where its other operand lies; a 64 x 64 tile of dQ at a
-// time is written from registers to shared memory, and added to global memory by the copy engine. Of a stage
-// that both consumers chose each computes one tile, over the keys of both: its half of the columns at
-// head_dim 128, its block of queries at head_dim 64. Of other stages the member computes both. Stage i:
+// time is written from registers to shared memory, and added to global memory by the copy engine, or
+// (adds_directly) straight from registers. Of a stage that both consumers chose each computes one tile, over
+// the keys of both: its half of the columns at head_dim 128, its block of queries at head_dim 64. Of other
+// stages the member computes both. Stage i:
 //
 //   tensor cores   | S(i) | dP(i) - delta | dV += P(i)^T dO | dK += dS(i)^T Q | dQ(i)    |
 //   consumer       |      | P(i) -------- | dS(i) --------- | both dS there?  | release  | add dQ(i)
@@ -19,7 +20,9 @@
 //
 // Which of two sums comes first changes from run to run, and with it the last bits of dQ. At head_dim 128 the
 // kernel takes no lists, which keeps it within its registers: it would lose to the two passes on them (L2 has
-// no room for the sums, or no time for those of tiles that nobody shares; bench/NOTES.md).
+// no room for the sums, or no time for those of tiles that nobody shares; bench/NOTES.md). Additions from
+// registers are the faster way where few stages are shared, the copy engine's where most are; a launch has
+// but one of the two, as additions through different proxies are not atomic to each other.
 #pragma once
 
 #include "kernels/fine_backward_keys.cuh"
@@ -210,9 +213,23 @@ struct FineBackwardFusedPass : FineBackwardKvPass<Kernel> {
             self.shared.resident[consumer].first.panel_tile(panel), accumulate);
   }
 
-  // Adds it to tile number `place` of global memory: each warp's rows in the order of their registers.
+  // Adds it to tile number `place` of global memory (lane 0's): each warp's rows in the order of their
+  // registers.
   VSA_DEVICE void add(Consumer& self, const GradQueryTile& grad_query, int64_t place) {
     constexpr int kWarpFloats = kGradQueryTile / 4;
+    if constexpr (Kernel::kListed) {
+      if (self.params.adds_directly) {
+        place = __shfl_sync(0xffffffffu, place, 0);
+        float* to = self.params.grad_query_sums + place * kGradQueryTile + warp_in_warpgroup() * kWarpFloats;
+#pragma unroll
+        for (int j = 0; j < grad_query.kCols / 8; j++) {
+          const float* x = grad_query.data + 4 * j;
+          atomicAdd(reinterpret_cast<float4*>(to) + j * kWarpThreads + lane_id(),
+                    float4{x[0], x[1], x[2], x[3]});
+        }
+        return;
+      }
+    }
     float4* sums = self.shared.own.sums[self.consumer] + warp_in_warpgroup() * (kWarpFloats / 4);
     if (lane_id() == 0) store_wait_read<0>();
     __syncwarp();

@@ -31,6 +31,7 @@ struct FineBackwardParams {
   // dQ's sums [batch, heads, num_q_blocks, head_dim / 64, kGradQueryTile], of the fused pass and the kernels
   // around it.
   float* grad_query_sums;
+  bool adds_directly;  // from registers; else by the copy engine
   // [batch, heads, cubes of pooled_grid, head_dim], the query's type; what writes dQ takes the first, what
   // writes dK and dV the others.
   const void *dq_pooled, *dk_pooled, *dv_pooled;
@@ -65,9 +66,6 @@ constexpr bool fine_backward_fused_takes_lists(int head_dim) { return head_dim =
 constexpr BackwardStages fine_backward_fused_stages(int head_dim) {
   return head_dim == 128 ? BackwardStages{3, 3} : BackwardStages{4, 3};
 }
-
-constexpr int kTaskQueueWarps = kBackwardThreads / 32;
-constexpr int kTaskQueueBytes = 40 + 4 * kTaskQueueWarps;
 
 // `extra_bytes` beside a block of the first ring, `own_bytes` of the pass.
 constexpr int fine_backward_shared_bytes(int head_dim, int stage_blocks, BackwardStages stages,

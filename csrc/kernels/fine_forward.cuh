@@ -20,6 +20,7 @@
 #include "kernels/fine_forward_params.h"
 #include "kernels/gate.cuh"
 #include "kernels/online_softmax.cuh"
+#include "kernels/task_queue.cuh"
 #include "kernels/tile_ring.cuh"
 #include "kernels/token_rows.cuh"
 #include "tiles/mma.cuh"
@@ -59,23 +60,27 @@ struct FineForward {
     ValueRing values;
     Barrier query_full[kConsumers];   // the producer's arrival and the tile's bytes
     Barrier query_empty[kConsumers];  // an arrival by each warp of the consumer, after its last product
+    TaskQueue queue;
   };
+  static constexpr int kReadingWarps = 3 + kConsumers * KeyRing::kWarps;  // of the queue
   static_assert(sizeof(Shared) == fine_forward_shared_bytes(kHeadDim));
 };
 
 template <class Kernel>
 VSA_DEVICE Task fine_forward_task(const FineForwardParams& params, int index) {
-  Task task = task_at<Kernel::kConsumers>(params.q_grid, params.heads, params.groups, index);
-  if constexpr (Kernel::kPaired) task.blocks = max(task.blocks, 0);  // none: completes a head's last pair
-  return task;
+  return task_at<Kernel::kConsumers>(params.q_grid, params.heads, params.groups, params.schedule.whole_tasks,
+                                     index);
 }
 
 template <class Kernel>
 VSA_DEVICE typename Kernel::Run fine_forward_run(const FineForwardParams& params, const Task& task,
                                                  int index) {
   ListedBlocks keys{params.kv_grid, params.block_sizes};
-  return stage_run<Kernel::kConsumers, kForwardStageBlocks, !Kernel::kPaired>(params.schedule, params.q_grid,
-                                                                              keys, task, index);
+  auto run = stage_run<Kernel::kConsumers, kForwardStageBlocks, !Kernel::kPaired>(
+      params.schedule, params.q_grid, keys, task, index);
+  // The peer needs the halves of the stages that a task without a block loads.
+  if (!Kernel::kPaired && task.blocks == 0) run.count = 0;
+  return run;
 }
 
 // The warp that loads queries.
@@ -83,7 +88,8 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const FineForwardMaps& maps,
                                           const FineForwardParams& params) {
   uint32_t phases = 0;  // a bit a consumer
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  int index;
+  while ((index = next_task(shared.queue).index) < params.num_tasks) {
     Task task = fine_forward_task<Kernel>(params, index);
     for (int i = 0; i < task.blocks; i++) {
       shared.query_empty[i].wait(phases >> i & 1 ^ 1);
@@ -100,10 +106,11 @@ VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const
 
 // The warp that loads keys and says which of them are real.
 template <class Kernel>
-VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, const FineForwardMaps& maps,
-                                       const FineForwardParams& params) {
+VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, TaskQueue& queue,
+                                       const FineForwardMaps& maps, const FineForwardParams& params) {
   TileProducer<typename Kernel::KeyRing, kForwardStageBlocks, true> producer(ring);
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  int index;
+  while ((index = next_task(queue).index) < params.num_tasks) {
     Task task = fine_forward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
@@ -119,10 +126,11 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, const Fin
 
 // The warp that loads values.
 template <class Kernel>
-VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, const FineForwardMaps& maps,
-                                         const FineForwardParams& params) {
+VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, TaskQueue& queue,
+                                         const FineForwardMaps& maps, const FineForwardParams& params) {
   TileProducer<typename Kernel::ValueRing, kForwardStageBlocks, false> producer(ring);
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  int index;
+  while ((index = next_task(queue).index) < params.num_tasks) {
     Task task = fine_forward_task<Kernel>(params, index);
     auto load = [&ring, &maps, &params, &task](const Stage& stage, int slot, Barrier& full) {
       full.arrive_expect(Kernel::Tile::kBytes);
@@ -316,8 +324,9 @@ template <class Kernel>
 VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const FineForwardParams& params,
                                      int consumer) {
   uint32_t position = 0, query_phase = 0;
+  int index;
   Turns<Kernel::kConsumers>::start(consumer);
-  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
+  while (__any_sync(0xffffffffu, (index = next_task(shared.queue).index) < params.num_tasks)) {
     Task task = fine_forward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     Stage window = run.load(lane_id());
@@ -351,6 +360,7 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
       shared.query_full[threadIdx.x].init(1);
       shared.query_empty[threadIdx.x].init(kWarpgroupThreads / kWarpThreads);
     }
+    if (threadIdx.x == 0) shared.queue.init(Kernel::kReadingWarps);
     fence_barrier_init();
   }
   if (threadIdx.x == 0) {
@@ -366,9 +376,10 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
     int warp = warp_id() % 4;
-    if (warp == 0) fine_forward_load_keys<Kernel>(shared.keys, maps, params);
-    if (warp == 1) fine_forward_load_values<Kernel>(shared.values, maps, params);
+    if (warp == 0) fine_forward_load_keys<Kernel>(shared.keys, shared.queue, maps, params);
+    if (warp == 1) fine_forward_load_values<Kernel>(shared.values, shared.queue, maps, params);
     if (warp == 2) fine_forward_load_queries<Kernel>(shared, maps, params);
+    if (warp == 3) fetch_tasks(shared.queue, params.next_task, params.num_tasks);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_forward_consume<Kernel>(shared, params, warpgroup);

@@ -25,8 +25,9 @@ struct FineForwardParams {
   bool store_out_fine;  // only with `combine`
   float scale_log2;     // the scale, above 0, times log2(e)
   int32_t heads;
-  int32_t groups;     // of cubes in a head, a task each; even for CTAs in pairs, the last one perhaps empty
-  int32_t num_tasks;  // groups of query cubes, over all heads and batch entries
+  int32_t groups;      // of query cubes in a head; even for CTAs in pairs, the last one perhaps empty
+  int32_t* next_task;  // 0; null: tasks of equal length, which go round the CTAs
+  int32_t num_tasks;
 };
 
 // One consumer warpgroup a query cube, as many as have registers; a stage holds the keys or the values of two
@@ -41,7 +42,7 @@ constexpr int fine_forward_shared_bytes(int head_dim) {
   int consumers = fine_forward_consumers(head_dim);
   int keys = tile_ring_bytes(kForwardStageBlocks * tile, stages, kValidRowsBytes);
   int values = tile_ring_bytes(kForwardStageBlocks * tile, stages, 0);
-  return round_up(consumers * (tile + 2 * kBarrierBytes) + keys + values, kTileAlignment);
+  return round_up(consumers * (tile + 2 * kBarrierBytes) + kTaskQueueBytes + keys + values, kTileAlignment);
 }
 
 }  // namespace vsa

@@ -139,7 +139,8 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
   if (blockIdx.x == 0 && threadIdx.x == 0) params.schedule.counts[params.num_tasks] = 0;
   int index = blockIdx.x * kScheduleWarps + warp_id();
   if (index >= params.num_tasks) return;
-  Task task = task_at<kConsumers>(params.grid, params.heads, params.groups, index);
+  Task task =
+      task_at<kConsumers>(params.grid, params.heads, params.groups, params.schedule.whole_tasks, index);
   StageWriter writer{params, stage_places<kConsumers, kBlocks>(params.schedule, params.grid, task, index)};
 
   BlockWindow<kConsumers> window;

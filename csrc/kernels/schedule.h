@@ -6,8 +6,9 @@
 
 namespace vsa {
 
-// A CTA's task: blocks of one head that are neighbours along time, one a consumer. Its lists are cut into
-// stages of one or two blocks which the same consumers chose: these are loaded once and shared.
+// A CTA's task: a group of blocks of one head that are neighbours along time, one a consumer, or a block. Its
+// lists are cut into stages of one or two blocks which the same consumers chose: these are loaded once and
+// shared.
 struct Stage {
   uint32_t first;   // block | members (a bit a consumer) << kStageBlockBits | kStagePartial
   uint32_t second;  // block | kStagePadded | kStagePartial
@@ -17,12 +18,23 @@ constexpr int kMostMembers = 4;
 constexpr uint32_t kStagePadded = 1u << 30;  // no second block: the first one again, which counts for nothing
 constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no token
 
+// Of `groups` of blocks, those that are a task each. The last partial round of CTAs has the blocks of the
+// others, a task each, where that gives no CTA a second one: a block takes less than a group.
+constexpr int64_t whole_groups(int64_t groups, int consumers, int64_t num_sms) {
+  int64_t last = groups % num_sms;
+  return last * consumers <= num_sms ? groups - last : groups;
+}
+constexpr int64_t tasks_of(int64_t groups, int64_t whole, int consumers) {
+  return whole + (groups - whole) * consumers;
+}
+
 // The stages of all tasks. With `offsets`, task by task along the compressed rows of its lists (the list of
 // the task's first block, then the second's); else `task_stages` apart.
 struct Schedule {
   Stage* stages;           // null: every block has all blocks
-  int32_t* counts;         // [batch * heads * groups + 1] stages of each task, and a counter for fetch_tasks
+  int32_t* counts;         // [tasks + 1] stages of each task, and a counter for fetch_tasks
   const int32_t* offsets;  // [batch * heads, blocks + 1] of the compressed lists, or null
+  int32_t whole_tasks;     // tasks of a group of blocks each; those after them have a block each
   int64_t task_stages;     // from one task's stages to the next one's
   int64_t head_stages;     // with offsets: from one head's stages to the next one's
 };

@@ -20,7 +20,7 @@ struct ScheduleParams {
   const int32_t* block_sizes;  // [listed blocks] valid prefix, or null
   Schedule schedule;           // to write
   int32_t heads;
-  int32_t groups;  // of cubes in a head, a task each
+  int32_t groups;  // of cubes in a head
   int32_t num_tasks;
 };
 

@@ -21,12 +21,21 @@ struct Task {
   }
 };
 
-// `groups` of blocks in a head.
+// `groups` of blocks in a head. The first `whole_tasks` tasks are a group each, those after them a block; of
+// a head's last group, which may have fewer than kConsumers, some may be none.
 template <int kConsumers>
-VSA_DEVICE Task task_at(const CubeGrid& grid, int heads, int groups, int index) {
-  int row = uint32_t(index) / uint32_t(groups);
-  int first = (index - row * groups) * kConsumers;
-  return {row / heads, row % heads, first, min(kConsumers, grid.num_cubes() - first), row};
+VSA_DEVICE Task task_at(const CubeGrid& grid, int heads, int groups, int whole_tasks, int index) {
+  int group = index, consumer = 0, most = kConsumers;
+  if (index >= whole_tasks) {
+    int rest = index - whole_tasks;
+    group = whole_tasks + rest / kConsumers;
+    consumer = rest % kConsumers;
+    most = 1;
+  }
+  int row = uint32_t(group) / uint32_t(groups);
+  int first = (group - row * groups) * kConsumers + consumer;
+  int blocks = max(0, min(most, grid.num_cubes() - first));
+  return {row / heads, row % heads, blocks ? first : 0, blocks, row};
 }
 
 // Number i of a task's stages lies at index(i) in Schedule::stages.

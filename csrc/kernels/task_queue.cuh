@@ -2,7 +2,7 @@
 // unlike times. One warp of a CTA fetches, a task ahead; all others read what it got, warp by warp.
 #pragma once
 
-#include "kernels/fine_backward_params.h"
+#include "kernels/tile_ring.h"
 #include "tiles/barrier.cuh"
 
 namespace vsa {

@@ -88,6 +88,7 @@ void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardA
   params.num_tasks = int32_t(
       checked_grid(params.groups * arguments.query.heads * arguments.query.batch, plan.kernel.c_str()));
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  params.schedule.whole_tasks = params.num_tasks;
   plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
   if (params.schedule.stages) params.next_task = params.schedule.counts + params.num_tasks;
   plan.block[0] = kBackwardThreads;
@@ -103,6 +104,7 @@ LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* ker
   params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
   if (!fused || fine_backward_fused_takes_lists(int(arguments.query.head_dim))) {
     params.schedule = arguments.kv_schedule;
+    params.adds_directly = arguments.adds_directly;
   }
   set_pooled_grid(params, arguments.pooled_kv_grid, arguments.kv_grid, "pooled_kv_grid");
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);

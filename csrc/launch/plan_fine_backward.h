@@ -14,6 +14,7 @@ struct FineBackwardArguments {
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
   uint64_t row_terms = 0;  // 16 bytes [batch, heads, num_q_blocks, 64], what is launched first writes them
   uint64_t grad_query_sums = 0;  // fp32 [batch, heads, num_q_blocks, 64, head_dim], of the fused pass
+  bool adds_directly = false;    // to these, where lists are such that key blocks share few query blocks
   // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours run
   // only if all pairs of blocks are listed, the two passes only if not. 0: what is launched runs.
   uint64_t choose_by = 0;

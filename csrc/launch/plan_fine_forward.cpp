@@ -21,11 +21,19 @@ Gate make_gate(const StridedTensor& values, uint64_t scalar, float factor) {
 
 namespace {
 
-// Whether CTAs in pairs have no more tasks one after the other than CTAs on their own: where the groups of a
-// head are odd, half of its last pair has nothing to do.
+// Of head_dim 128 where every block has all blocks (bench/NOTES.md): what a group takes in a CTA of a pair,
+// and what a block takes alone, over a group.
+constexpr double kPairedTime = 0.95, kBlockTime = 0.77;
+
+// Whether CTAs in pairs are done before CTAs on their own are. Where the groups of a head are odd, half of
+// its last pair has nothing to do.
 bool pays_in_pairs(int64_t rows, int64_t groups, int num_sms) {
-  int64_t pairs = num_sms / 2, tasks = rows * ceil_div(groups, 2);
-  return groups > 1 && pairs > 0 && ceil_div(tasks, pairs) <= ceil_div(rows * groups, num_sms);
+  int64_t pairs = num_sms / 2;
+  if (groups == 1 || pairs == 0) return false;
+  int64_t paired_rounds = ceil_div(rows * ceil_div(groups, 2), pairs);
+  int64_t all = rows * groups, whole = whole_groups(all, fine_forward_consumers(128), num_sms);
+  double alone = double(ceil_div(whole, int64_t(num_sms))) + (whole < all ? kBlockTime : 0.0);
+  return kPairedTime * double(paired_rounds) < alone;
 }
 
 }  // namespace
@@ -85,7 +93,12 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   plan.kernel = kernel_name(paired ? "fine_forward_dense" : "fine_forward", query.head_dim, query.type);
   plan.cluster[0] = paired ? 2 : 1;
   params.groups = int32_t(paired ? 2 * ceil_div(groups, 2) : groups);
-  params.num_tasks = int32_t(checked_grid(params.groups * query.heads * query.batch, "fine_forward"));
+  int64_t whole = params.schedule.whole_tasks, all = params.groups * query.heads * query.batch;
+  int consumers = fine_forward_consumers(head_dim);
+  if (!params.schedule.stages) whole = paired ? all : whole_groups(all, consumers, arguments.num_sms);
+  params.num_tasks = int32_t(checked_grid(tasks_of(all, whole, consumers), "fine_forward"));
+  params.schedule.whole_tasks = int32_t(whole);
+  if (params.schedule.stages) params.next_task = params.schedule.counts + params.num_tasks;
   plan.set_params(params);
   int ctas = std::min(params.num_tasks, arguments.num_sms);
   plan.grid[0] = ctas - ctas % int(plan.cluster[0]);

@@ -26,6 +26,20 @@ Grouping grouping(const ScheduleArguments& arguments) {
   }
 }
 
+int64_t head_groups(const ScheduleArguments& arguments) {
+  return ceil_div(arguments.grid.num_cubes(), grouping(arguments).consumers);
+}
+
+int64_t all_groups(const ScheduleArguments& arguments) {
+  return head_groups(arguments) * arguments.heads * arguments.batch;
+}
+
+int64_t whole_tasks(const ScheduleArguments& arguments) {
+  int64_t groups = all_groups(arguments);
+  if (arguments.pass != FinePass::kForward) return groups;
+  return whole_groups(groups, grouping(arguments).consumers, arguments.num_sms);
+}
+
 int64_t head_stages(const ScheduleArguments& arguments) {
   return most_head_stages(arguments.compressed.entries_per_head, arguments.grid.num_cubes(),
                           grouping(arguments).stage_blocks);
@@ -60,12 +74,8 @@ FinePass fine_pass(const std::string& name) {
   return FinePass::kBackwardQ;
 }
 
-int64_t num_groups(const ScheduleArguments& arguments) {
-  return ceil_div(arguments.grid.num_cubes(), grouping(arguments).consumers);
-}
-
 int64_t num_tasks(const ScheduleArguments& arguments) {
-  return num_groups(arguments) * arguments.heads * arguments.batch;
+  return tasks_of(all_groups(arguments), whole_tasks(arguments), grouping(arguments).consumers);
 }
 
 int64_t num_stages(const ScheduleArguments& arguments) {
@@ -80,6 +90,7 @@ Schedule make_schedule(const ScheduleArguments& arguments) {
   schedule.stages = pointer<Stage>(arguments.stages);
   schedule.counts = pointer<int32_t>(arguments.stage_counts);
   schedule.offsets = arguments.compressed.offsets;
+  schedule.whole_tasks = int32_t(whole_tasks(arguments));
   schedule.task_stages = most_stages(consumers, arguments.max_blocks, stage_blocks);
   schedule.head_stages = arguments.compressed.offsets ? head_stages(arguments) : 0;
   return schedule;
@@ -96,6 +107,7 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   check_argument(arguments.compressed.entries_per_head <= std::numeric_limits<int32_t>::max(),
                  "q_indices: got ", arguments.compressed.entries_per_head,
                  " entries a head, expected at most 2^31 - 1");
+  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   check_argument(arguments.stages != 0 && arguments.stage_counts != 0,
                  "stages, counts: got a null pointer, expected device memory");
 
@@ -107,7 +119,7 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.block_sizes = pointer<const int32_t>(arguments.block_sizes);
   params.schedule = make_schedule(arguments);
   params.heads = int32_t(arguments.heads);
-  params.groups = int32_t(num_groups(arguments));
+  params.groups = int32_t(head_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
 
   LaunchPlan plan;

@@ -22,6 +22,7 @@ struct ScheduleArguments {
   BlockLists lists;              // absent with compressed lists
   int64_t max_blocks = 0;        // of one list
   CompressedLists compressed{};  // of the key side
+  int num_sms = 1;               // of the device
   uint64_t stages = 0,
            stage_counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks + 1]
 };
