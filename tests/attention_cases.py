@@ -144,4 +144,9 @@ EDGE_CASES = [
     Case((4, 8, 8), head_dim=128, topk=2, scale=0.9),
     Case((4, 4, 28), head_dim=64, topk=1),
     Case((4, 4, 28), head_dim=128, topk=7),
+    # Thin cubes (cube_grid.h): 18 of 24; in short lists; along one side; of another cube.
+    Case((5, 9, 13), head_dim=128, heads=2, lists="dense"),
+    Case((5, 9, 13), head_dim=64, heads=2, topk=9, layout="packed", dtype=torch.float16),
+    Case((9, 10, 12), head_dim=128, topk=7, batch=2, layout="bhsd"),
+    Case((4, 8, 4), kv_shape=(17, 4, 8), kv_cube=(16, 2, 2), head_dim=64, lists="dense"),
 ]

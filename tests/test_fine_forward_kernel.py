@@ -79,6 +79,22 @@ def test_lists_far_apart_do_not_deadlock(seed, monkeypatch):
     check_forward(case, out, lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_climb_past_thin_cubes(head_dim, dtype, seed, monkeypatch):
+    """18 of 24 cubes, in stages of eight that come last."""
+    monkeypatch.setattr(simulated, "NUM_SMS", 1)
+    case = Case((5, 9, 13), heads=2, head_dim=head_dim, dtype=dtype, lists="dense", seed=seed)
+    t, h, w = torch.meshgrid(torch.arange(2), torch.arange(3), torch.arange(4), indexing="ij")
+    thin = ((t == 1) | (h == 2) | (w == 3)).flatten()
+    assert int(thin.sum()) == 18
+    nats = torch.where(thin, 100.0 * ((thin.cumsum(0) - 1) // 8) - 400, -500)
+    case.query[..., 0] = 16
+    case.key[..., 0] = (nats * head_dim**0.5 / 16).to(dtype)[case.kv_grid.cube_of_token(), None]
+    out, _, lse = forward(case, seed)
+    check_forward(case, out, lse)
+
+
 # From twice as many columns: rows that are read 16 bytes at a time, and three that are not.
 TENSOR_GATES = {
     "tensor": lambda x: x[..., : x.shape[3] // 2].contiguous(),

@@ -1,8 +1,10 @@
 """Schedules of the fine kernels, in the simulator and on a GPU, against the contract in schedule.h."""
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass
+from operator import lt
 from unittest import mock
 
 import pytest
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 BLOCK_BITS = 25
-PADDED, PARTIAL = 1 << 30, 1 << 31
+THIN, PADDED, PARTIAL = 1 << 29, 1 << 30, 1 << 31
+ROW = 4  # thin cubes in the place of a block
 UNLISTED = 2**31 - 1  # what fills lists behind their ends, and new integers as tests see them
 KERNELS = {  # consumers of a CTA, blocks of a stage
     ("fine_forward", 64): (3, 2),
@@ -28,7 +31,9 @@ KERNELS = {  # consumers of a CTA, blocks of a stage
     ("fine_backward_q", 128): (2, 2),
     ("fine_backward_kv", 64): (2, 2),
     ("fine_backward_kv", 128): (2, 1),
+    ("fine_backward_fused", 64): (2, 2),
 }
+COMPRESSED = ("fine_backward_kv", "fine_backward_fused")
 LENGTHS = (0, 1, 31, 32, 33, 64, 65, 200)
 KINDS = ("random", "lengths", "overlap", "same", "disjoint", "all", "none", "one")
 over_kernels = pytest.mark.parametrize(("kernel", "head_dim"), KERNELS)
@@ -105,7 +110,7 @@ class Problem:
 
     def arguments(self):
         """Lists for the query side; for the key side what transpose_index makes of its lists."""
-        if self.kernel != "fine_backward_kv":
+        if self.kernel not in COMPRESSED:
             return self.lists(self.rows, self.wide), (None, None)
         listed = self.listed_grid.num_cubes
         chosen = self.lists([[transposed(head, listed) for head in entry] for entry in self.rows], self.wide)
@@ -116,8 +121,8 @@ class Problem:
             lists, compressed = self.arguments()
         like = torch.empty(len(self.rows), 1, len(self.rows[0]), self.head_dim, dtype=torch.bfloat16)
         grids = [_kernels._grid(grid.video_shape, grid.cube) for grid in (self.grid, self.listed_grid)]
-        stages, counts = make(self.sms, self.kernel, like, grids, self.sizes, lists, compressed)
-        return stages, counts, self.places(*lists, *compressed)
+        stages, counts, rows = make(self.sms, self.kernel, like, grids, self.sizes, lists, compressed)
+        return stages, counts, rows, self.places(*lists, *compressed)
 
     def tasks(self):
         """The lists of each task's blocks, and the head and the blocks.
@@ -145,12 +150,17 @@ class Problem:
         consumers, size = KERNELS[self.kernel, self.head_dim]
         if offsets is None:
             length = consumers * ceil_div(indices.shape[3], size)
+            if self.thin():
+                length += consumers + 2**consumers - 1
             return [range(i * length, (i + 1) * length) for i, _ in enumerate(self.tasks())]
-        per_head = entries.shape[2] if size == 1 else (entries.shape[2] + self.grid.num_cubes) // 2 + 1
+        rows, per_head = self.grid.num_cubes, entries.shape[2]
+        per_head = 1 + (per_head if size == 1 else (per_head + rows) // 2 + 2 * rows)
         offsets = offsets.flatten(0, 1).tolist()
 
         def begin(head, row):
-            return head * per_head + (offsets[head][row] if size == 1 else (offsets[head][row] + row) // 2)
+            return head * per_head + (
+                offsets[head][row] if size == 1 else (offsets[head][row] + row) // 2 + 2 * row
+            )
 
         places = []
         for head, blocks, lists in self.tasks():
@@ -161,6 +171,27 @@ class Problem:
                 [*range(first[0], used if second else first[1]), *(x for y in second for x in range(*y))]
             )
         return places
+
+    def thin(self):
+        """Cubes with tokens in at most a quarter of a side: number -> (side, mask of their 16 slots).
+
+        None of the fused pass's, nor where the cubes' sizes are given.
+        """
+        if self.kernel == "fine_backward_fused" or self.sizes is not None:
+            return {}
+        thin, grid = {}, self.listed_grid
+        for number, at in enumerate(itertools.product(*map(range, cubes_shape(grid.video_shape, grid.cube)))):
+            tokens = [
+                min(side, extent - i * side)
+                for side, extent, i in zip(grid.cube, grid.video_shape, at, strict=True)
+            ]
+            sides = [i for i in range(3) if 4 * tokens[i] <= grid.cube[i]]
+            if sides:
+                box = list(grid.cube)
+                box[sides[0]] //= 4
+                slots = [all(map(lt, slot, tokens)) for slot in itertools.product(*map(range, box))]
+                thin[number] = sides[0], sum(real << i for i, real in enumerate(slots))
+        return thin
 
     def partial(self):
         """Blocks with a slot that holds no token."""
@@ -178,19 +209,28 @@ def transposed(rows, listed):
     return chosen
 
 
-def check(problem, stages, counts, places):
+def check(problem, stages, counts, rows, places):
     _, size = KERNELS[problem.kernel, problem.head_dim]
-    words, partial = stages.tolist(), problem.partial()
+    words, partial, thin = stages.tolist(), problem.partial(), problem.thin()
     tasks = [lists for _, _, lists in problem.tasks()]
     assert len(counts) == len(tasks) + 1
     assert counts[-1] == 0, "fetch_tasks counts from here"
     owners = Counter(place for task in places for place in task)
     assert all(count == 1 and 0 <= place < len(words) for place, count in owners.items())
-    used = set()
+    used, thin_rows = set(), []
     for lists, count, at in zip(tasks, counts[:-1].tolist(), places, strict=True):
         assert 0 <= count <= len(at)
         used.update(at[:count])
-        check_task([[word % 2**32 for word in words[place]] for place in at[:count]], lists, partial, size)
+        made = [[word % 2**32 for word in words[place]] for place in at[:count]]
+        others = [stage for stage in made if not stage[1] & THIN]
+        assert made[: len(others)] == others, "thin cubes come last"
+        check_task(others, [[block for block in row if block not in thin] for row in lists], partial, size)
+        if thin:
+            cube = problem.listed_grid.cube
+            thin_rows += check_thin(made[len(others) :], lists, thin, rows, size, cube, len(partial))
+        else:
+            assert made == others and rows.numel() == 0
+    assert len(thin_rows) == len({*thin_rows}), "tasks share a row"
     for place in {*range(len(words))} - used:
         assert words[place] == [UNLISTED] * 2, f"stage {place} belongs to no task, but was written"
 
@@ -221,6 +261,31 @@ def check_task(stages, lists, partial, size):
     assert attended == Counter({i: ceil_div(len(row), size) for i, row in enumerate(lists) if row})
     sets = Counter(chose[block] for block in split)
     assert all(count == 1 for count in sets.values()) and (size == 2 or not split)
+
+
+def check_thin(stages, lists, thin, rows, size, cube, num_blocks):
+    """The last stages of one task, of rows of cubes that the same lists have. Which rows these are."""
+    taken, used = [[] for _ in range(2 ** len(lists))], []  # cubes by set of lists
+    for first, second in stages:
+        index, members = second % THIN, first >> BLOCK_BITS & 15
+        assert first & ~PARTIAL == members << BLOCK_BITS and second & ~PARTIAL == index | THIN
+        assert first & PARTIAL == second & PARTIAL
+        for row in rows[index : index + size].tolist():
+            valid = [row[ROW + j // 2] >> 16 * (j % 2) & 0xFFFF for j in range(ROW)]
+            taken[members] += zip(row[:ROW], valid, strict=True)
+            assert first & PARTIAL or valid == [0xFFFF] * ROW
+        used += range(index, index + size)
+    quarter = min(i for i in range(3) if cube[i] >= 4)
+    for members, cubes in enumerate(taken):
+        chose = [
+            x for x in thin if members and sum(1 << i for i, row in enumerate(lists) if x in row) == members
+        ]
+        expected = [(block | thin[block][0] << BLOCK_BITS, thin[block][1]) for block in chose]
+        nothing = [(num_blocks | quarter << BLOCK_BITS, 0)] * (-len(chose) % (size * ROW))
+        assert sorted(cubes[: len(chose)]) == sorted(expected) and cubes[len(chose) :] == nothing
+        if not nothing and all(valid == 0xFFFF for _, valid in expected):
+            assert not any(x & PARTIAL for x, _ in stages if x >> BLOCK_BITS & 15 == members)
+    return used
 
 
 def random_rows(kind, grid, listed, g):
@@ -259,13 +324,15 @@ def random_rows(kind, grid, listed, g):
 
 GRIDS = [(9, 5, 6), (3, 9, 8), (13, 4, 3), (5, 6, 13), (1, 1, 1)]  # 3, 1, 4, 2 and 1 cubes along time
 LISTED = (14, 15, 58)  # 4 * 4 * 15 cubes, those at all far sides partial
+THIN_LISTED = (13, 15, 57)  # as many; thin along time and width
 
 
 def new_problem(
-    kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=False, one_head=False, wide=0, sms=1
+    kernel, head_dim, kind, seed, grid, batch=1, heads=1, ragged=False, one_head=False, wide=0, sms=1,
+    video=LISTED,
 ):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
-    listed_grid = CubeGrid(LISTED)
+    listed_grid = CubeGrid(video)
     listed = listed_grid.num_cubes
     rows = [[random_rows(kind, grid, listed, g) for _ in range(heads)] for _ in range(batch)]
     if one_head:
@@ -283,6 +350,35 @@ def test_schedule_keeps_its_promises(kernel, head_dim, kind, make, seed):
     index = KINDS.index(kind)
     grid = CubeGrid(GRIDS[index % len(GRIDS)])
     problem = new_problem(kernel, head_dim, kind, 100 * seed + index, grid, ragged=index % 2 == 0)
+    check(problem, *problem.made(make))
+
+
+@over_kernels
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_thin_cubes_stand_apart(kernel, head_dim, kind, ragged, make, seed):
+    index = KINDS.index(kind)
+    grid = CubeGrid(GRIDS[index % len(GRIDS)])
+    problem = new_problem(
+        kernel, head_dim, kind, 100 * seed + index, grid, heads=2, ragged=ragged, video=THIN_LISTED
+    )
+    check(problem, *problem.made(make))
+
+
+@over_kernels
+@pytest.mark.parametrize(
+    ("video_shape", "cube", "thin"),
+    [
+        ((8, 8, 9), (4, 4, 4), 4), ((1, 9, 12), (4, 4, 4), 9), ((5, 5, 5), (4, 4, 4), 7),
+        ((18, 6, 6), (16, 2, 2), 9), ((3, 3, 3), (2, 2, 16), 4), ((3, 3, 21), (2, 2, 16), 0),
+        ((1, 1, 70), (1, 1, 64), 1), ((2, 1, 144), (1, 1, 64), 2), ((6, 6, 6), (4, 4, 4), 0),
+    ],
+)  # fmt: skip
+def test_which_cubes_are_thin(kernel, head_dim, video_shape, cube, thin, make):
+    listed_grid = CubeGrid(video_shape, cube)
+    rows = [list(range(listed_grid.num_cubes))] * 3
+    problem = Problem(kernel, head_dim, CubeGrid((12, 1, 1)), listed_grid, [[rows]])
+    assert len(problem.thin()) == (0 if kernel == "fine_backward_fused" else thin)
     check(problem, *problem.made(make))
 
 
@@ -307,8 +403,9 @@ def test_the_last_groups_are_a_task_a_block(head_dim, sms, make, seed):
     )
     blocks = [len(blocks) for _, blocks, _ in problem.tasks()]
     expected = {
-        (64, 8): [3, 3, 1, 3, 3, 1, 3, 3, 1, 0, 0], (64, 15): [3, 3, 1] * 3, (64, 100): ([1] * 7 + [0, 0]) * 3,
-        (128, 7): [2, 2, 2, 1] * 3, (128, 12): [2, 2, 2, 1] * 3, (128, 11): [2, 2, 2, 1] * 2 + [2, 2, 2, 1, 0],
+        (64, 8): [3, 3, 1, 3, 3, 1, 3, 3, 1, 0, 0], (64, 15): [3, 3, 1] * 3,
+        (64, 100): ([1] * 7 + [0, 0]) * 3, (128, 7): [2, 2, 2, 1] * 3, (128, 12): [2, 2, 2, 1] * 3,
+        (128, 11): [2, 2, 2, 1] * 2 + [2, 2, 2, 1, 0],
     }  # fmt: skip
     assert blocks == expected[head_dim, sms]
     check(problem, *problem.made(make))
@@ -324,7 +421,7 @@ def test_order_of_stages(kernel, head_dim, make):
     for rows in (shared, alone):
         grid, listed_grid = CubeGrid((4 * consumers, 1, 1)), CubeGrid.linear(64 * consumers * blocks)
         problem = Problem(kernel, head_dim, grid, listed_grid, [[rows]])
-        stages, counts, (places,) = problem.made(make)
+        stages, counts, _, (places,) = problem.made(make)
         words = [stages[place].tolist() for place in places[: counts[0]]]
         firsts = [word[0] % (1 << BLOCK_BITS) for word in words]
         members = [word[0] >> BLOCK_BITS & 15 for word in words]
@@ -346,7 +443,7 @@ def test_stages_name_blocks_that_exist(kernel, head_dim, make, seed):
     limits = torch.iinfo(torch.int32)
     for value in (limits.min, -1, problem.listed_grid.num_cubes, limits.max):
         entries[wrong] = value
-        stages, counts, places = problem.made(make, lists, compressed)
+        stages, counts, _, places = problem.made(make, lists, compressed)
         partial = problem.partial()
         for count, at in zip(counts.tolist(), places, strict=False):
             for word in stages[list(at[:count])].flatten().tolist():
@@ -366,10 +463,10 @@ def test_every_schedule_of_the_simulator_makes_the_same(kernel, head_dim, schedu
 
 @functools.cache
 def adversarial(kernel, head_dim, seed, schedule):
-    problem = new_problem(kernel, head_dim, "overlap", seed, CubeGrid((21, 3, 3)), heads=2)
-    stages, counts, places = problem.made(functools.partial(simulate_schedule, seed=schedule))
-    check(problem, stages, counts, places)
-    return stages, counts
+    problem = new_problem(kernel, head_dim, "overlap", seed, CubeGrid((21, 3, 3)), heads=2, video=THIN_LISTED)
+    made = problem.made(functools.partial(simulate_schedule, seed=schedule))
+    check(problem, *made)
+    return made[:3]
 
 
 # Host plans.
@@ -408,7 +505,7 @@ def test_schedule_plans(kernel, head_dim, like):
     if like == "lists":
         assert arguments.num_stages == arguments.num_tasks * consumers * ceil_div(33, size)
     else:
-        assert arguments.num_stages == 6 * (101 if size == 1 else (101 + 12) // 2 + 1)
+        assert arguments.num_stages == 6 * (1 + (101 if size == 1 else (101 + 12) // 2 + 2 * 12))
     if like == "compressed" and consumers == 3:
         with pytest.raises(ValueError, match="q_offsets: got compressed lists for 3 consumers, expected 2"):
             _extension.load().plan_schedule(arguments)
@@ -443,7 +540,7 @@ def strided(address=BASE, strides=(36, 12, 1)):
         ),
         ({"stages": 0}, "stages, counts: got a null pointer"),
         ({"stage_counts": 0}, "stages, counts: got a null pointer"),
-        ({"kernel": "fine_backward"}, "got fine_backward, expected fine_forward, fine_backward_kv or"),
+        ({"kernel": "fine_backward"}, "got fine_backward, expected fine_forward, fine_backward_kv, f"),
         ({"counts": (0, ())}, "kv_num_blocks: got no tensor of 3 dimensions"),
         ({"counts": (BASE, (12, 1))}, "kv_num_blocks: got no tensor of 3 dimensions"),
         ({"entries": (BASE, (12, 1, 1))}, "kv_indices: got no tensor of 4 dimensions with the last one cont"),

@@ -95,9 +95,11 @@ def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), 
     )
     stages = like.new_empty((arguments.num_stages, 2), dtype=torch.int32)
     stage_counts = like.new_empty(arguments.num_tasks + 1, dtype=torch.int32)
+    thin = like.new_empty((arguments.num_thin, 6), dtype=torch.int32)
     arguments.stages, arguments.stage_counts = stages.data_ptr(), stage_counts.data_ptr()
+    arguments.thin = thin.data_ptr()
     _extension.launch(C.plan_schedule(arguments), like)
-    return arguments.schedule, (stages, stage_counts)
+    return arguments.schedule, (stages, stage_counts, thin)
 
 
 def _attend(
@@ -324,16 +326,18 @@ def _differentiate(
     # Named, so that a packed copy and a schedule live until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
     q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = kept
-    kv_schedule, _kept_kv = _schedule(
-        "fine_backward_kv", query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
-    )
     two_passes, fused = (True, False) if deterministic else _passes(query.shape[3], q_grid, kv_grid, lists[1])
+    key_pass = "fine_backward_kv" if two_passes else "fine_backward_fused"
+    kv_schedule, _kept_kv = _schedule(
+        key_pass, query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
+    )
     q_schedule, _kept_q, grad_query_sums = C.Schedule(), (), None
     if two_passes:
         q_schedule, _kept_q = _schedule("fine_backward_q", query, q_grid, kv_grid, sizes[0], lists)
     if fused:
         grad_query_sums = lse.new_empty((*lse.shape, query.shape[3]))
-    row_terms = lse.new_empty((*lse.shape, 8), dtype=torch.bfloat16)
+    # A block more than there are, for rows that count for nothing.
+    row_terms = lse.new_empty((lse[..., 0].numel() + 1, 64, 8), dtype=torch.bfloat16)
     pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
     arguments = C.FineBackwardArguments(
         query=_tokens(query),

@@ -12,6 +12,7 @@
 namespace vsa {
 
 constexpr int kCubeTokens = 64;
+constexpr int kThinTokens = 16;
 
 // Sizes that plans and kernels must agree on.
 constexpr int kHalfBytes = 2;         // bf16 and fp16
@@ -69,9 +70,37 @@ struct CubeGrid {
             smaller(1 << log2_cube.w, video.w - origin.w)};
   }
 
+  // The side along which tokens fill at most a quarter of the cube at `origin`, the first of these (0: time);
+  // -1 where there is none. Such a cube is thin: its tokens lie in a box of kThinTokens.
+  VSA_HOST_DEVICE int thin_side(Extent3 origin) const {
+    if (4 * (video.t - origin.t) <= 1 << log2_cube.t) return 0;
+    if (4 * (video.h - origin.h) <= 1 << log2_cube.h) return 1;
+    if (4 * (video.w - origin.w) <= 1 << log2_cube.w) return 2;
+    return -1;
+  }
+
+  // The grid whose cubes are a quarter along `side`: slots 0 to kThinTokens - 1 of the one at a thin cube's
+  // origin are its tokens.
+  VSA_HOST_DEVICE CubeGrid thinned(int side) const {
+    CubeGrid grid = *this;
+    if (side == 0) grid.log2_cube.t -= 2;
+    if (side == 1) grid.log2_cube.h -= 2;
+    if (side == 2) grid.log2_cube.w -= 2;
+    return grid;
+  }
+
   VSA_HOST_DEVICE Extent3 slot_offset(int slot) const {
     return {slot >> (log2_cube.h + log2_cube.w), slot >> log2_cube.w & ((1 << log2_cube.h) - 1),
             slot & ((1 << log2_cube.w) - 1)};
+  }
+
+  // The slot of the thinned grid's cube at `origin` that has the token of `slot` in this one's, which is
+  // thin; -1 of tokens outside the video.
+  VSA_HOST_DEVICE int thin_slot(Extent3 origin, int slot) const {
+    CubeGrid grid = thinned(thin_side(origin));
+    Extent3 at = slot_offset(slot), log2 = grid.log2_cube;
+    if (at.t >> log2.t || at.h >> log2.h || at.w >> log2.w) return -1;
+    return (((at.t << log2.h) + at.h) << log2.w) + at.w;
   }
 
   // Raster index of a cube's slot, or -1 where the slot lies outside the video. Fewer than 2^25 cubes, so

@@ -334,10 +334,15 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
   if (warpgroup == Kernel::kConsumers) {
     register_decrease<Kernel::kProducerRegisters>();
     int warp = warp_id() % 4;
-    if (warp == 0) Kernel::load_first(shared, maps, params);
-    if (warp == 1) Kernel::load_second(shared, maps, params);
-    if (warp == 2) Kernel::template load_resident<Kernel>(shared, maps, params);
-    if (warp == 3) fetch_tasks(shared.queue, params.next_task, params.num_tasks);
+    if (warp == 0) {
+      Kernel::load_first(shared, maps, params);
+    } else if (warp == 1) {
+      Kernel::load_second(shared, maps, params);
+    } else if (warp == 2) {
+      Kernel::template load_resident<Kernel>(shared, maps, params);
+    } else {
+      fetch_tasks(shared.queue, params.next_task, params.num_tasks);
+    }
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_backward_consume<Kernel>(shared, params, warpgroup);

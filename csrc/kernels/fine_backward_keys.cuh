@@ -31,8 +31,32 @@ static_assert(sizeof(TermSelectors) == kTermSelectorsBytes &&
               sizeof(RowTerms) == kCubeTokens * kRowTermsBytes);
 
 struct FineBackwardKeysMaps {
-  CUtensorMap query, key, value, grad_out;
+  ListedMaps query;
+  CUtensorMap key, value;
+  ListedMaps grad_out;
 };
+
+// One thread: the terms of a stage's queries, of a head's in `from`. Thin cubes have theirs in the order of
+// thin_slot.
+template <class Run, int kBlocks>
+VSA_DEVICE void load_terms(RowTerms (&to)[kBlocks], const RowTerms* from, const void* no_terms,
+                           const Run& run, const Stage& stage, Barrier& full) {
+  if constexpr (Run::kListed) {
+    if (is_thin(stage)) {
+#pragma unroll 1
+      for (int i = 0; i < kBlocks * kThinCubes; i++) {
+        int block = stage_block(__ldg(run.thin_rows(stage)[i / kThinCubes].cubes + i % kThinCubes));
+        const void* terms = block < run.blocks.grid.num_cubes() ? from + block : no_terms;
+        load_async(&to[0].rows[i * kThinTokens], terms, kThinTokens * kRowTermsBytes, full);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    load_async(&to[b], from + stage_block(b ? stage.second : stage.first), sizeof(RowTerms), full);
+  }
+}
 
 template <int kHeadDim, class T, BackwardStages kStages_, class Extra, class Own, bool kListed = true>
 struct FineBackwardKeys
@@ -61,29 +85,23 @@ struct FineBackwardKeys
     fine_backward_load_resident<Kernel>(shared, {maps.key, params.key}, {maps.value, params.value}, params);
   }
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
                                           int slot, Barrier& full) {
       Extra& extra = shared.first.extras[slot];
       int64_t first_block = task.head_row * params.q_grid.num_cubes();
       extra.note(stage, first_block);
       full.arrive_expect(Base::StageTile::kBytes + sizeof(extra.blocks));
-      load_blocks<kBlocks>(shared.first.tiles[slot], maps.query, params.query, params.q_grid, task, stage,
-                           full);
-#pragma unroll
-      for (int b = 0; b < kBlocks; b++) {
-        int64_t block = first_block + stage_block(b ? stage.second : stage.first);
-        load_async(&extra.blocks[b], static_cast<const RowTerms*>(params.row_terms) + block, sizeof(RowTerms),
-                   full);
-      }
+      load_listed<kBlocks>(shared.first.tiles[slot], maps.query, params.query, task, run, stage, full);
+      load_terms(extra.blocks, static_cast<const RowTerms*>(params.row_terms) + first_block, params.no_terms,
+                 run, stage, full);
     };
     fine_backward_fill<FineBackwardKeys, true>(shared.first, shared.queue, params, load);
   }
   VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
                                           int slot, Barrier& full) {
       full.arrive_expect(Base::StageTile::kBytes);
-      load_blocks<kBlocks>(shared.second.tiles[slot], maps.grad_out, params.grad_out, params.q_grid, task,
-                           stage, full);
+      load_listed<kBlocks>(shared.second.tiles[slot], maps.grad_out, params.grad_out, task, run, stage, full);
     };
     fine_backward_fill<FineBackwardKeys, false>(shared.second, shared.queue, params, load);
   }

@@ -28,6 +28,9 @@ struct FineBackwardParams {
   // [batch, heads, num_q_blocks, 64] of kRowTermsBytes, which the query pass, or start_grad_query, leaves for
   // the pass after it.
   void* row_terms;
+  // kThinTokens rows that count for nothing, for the thin cubes that a stage lacks. Not null: the pass that
+  // keeps keys reads terms of thin cubes in the order of thin_slot.
+  void* no_terms;
   // dQ's sums [batch, heads, num_q_blocks, head_dim / 64, kGradQueryTile], of the fused pass and the kernels
   // around it.
   float* grad_query_sums;

@@ -34,14 +34,20 @@ struct FineBackwardQPass {
   VSA_DEVICE void begin(const FineBackwardParams& params, const Task& task, int block, bool exists) {
     zero(grad_query);
     int64_t first_row = (task.head_row * params.q_grid.num_cubes() + block) * kCubeTokens;
+    Extent3 origin = params.q_grid.origin(block);
+    bool thin = params.no_terms && params.q_grid.thin_side(origin) >= 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int64_t row = first_row + tile_row(half);
       float lse = __ldg(params.lse + row), delta = __ldg(params.delta + row);
       minus_lse_log2.data[half] = -kLog2E * lse;
       minus_delta.data[half] = -delta;
-      if (exists && lane_id() % 4 == 0) {
-        static_cast<uint4*>(params.row_terms)[row] = row_terms(lse / params.scale, delta);
+      int place = thin ? params.q_grid.thin_slot(origin, tile_row(half)) : tile_row(half);
+      if (exists && lane_id() % 4 == 0 && place >= 0) {
+        static_cast<uint4*>(params.row_terms)[first_row + place] = row_terms(lse / params.scale, delta);
+      }
+      if (exists && first_row == 0 && params.no_terms && tile_row(half) < kThinTokens) {
+        static_cast<uint4*>(params.no_terms)[tile_row(half)] = row_terms(INFINITY, 0.0f);
       }
     }
   }
@@ -92,7 +98,9 @@ struct FineBackwardQPass {
 };
 
 struct FineBackwardQMaps {
-  CUtensorMap query, key, value, grad_out;
+  CUtensorMap query;
+  ListedMaps key, value;
+  CUtensorMap grad_out;
 };
 
 template <int kHeadDim, class T>
@@ -103,6 +111,8 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
   using Maps = FineBackwardQMaps;
   using Pass = FineBackwardQPass<FineBackwardQ>;
   using typename Base::Shared;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
   static constexpr bool kClearsResident = false;
   static constexpr int kHeldStages = Base::kStages.first;
   static_assert(sizeof(Shared) == fine_backward_q_shared_bytes(kHeadDim));
@@ -121,19 +131,19 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
   VSA_DEVICE static void load_first(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
                                           int slot, Barrier& full) {
-      if (is_partial(stage)) valid_masks(shared.first.extras[slot].blocks, run.blocks, stage);
+      if (is_partial(stage)) run.valid_masks(shared.first.extras[slot].blocks, stage);
       full.arrive_expect(Base::StageTile::kBytes);
-      load_blocks<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, params.kv_grid, task,
-                                         stage, full);
+      load_listed<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, task, run, stage,
+                                         full);
     };
     fine_backward_fill<FineBackwardQ, true>(shared.first, shared.queue, params, load);
   }
   VSA_DEVICE static void load_second(Shared& shared, const Maps& maps, const FineBackwardParams& params) {
-    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run&, const Stage& stage,
+    auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
                                           int slot, Barrier& full) {
       full.arrive_expect(Base::StageTile::kBytes);
-      load_blocks<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, params.kv_grid,
-                                         task, stage, full);
+      load_listed<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, task, run,
+                                         stage, full);
     };
     fine_backward_fill<FineBackwardQ, false>(shared.second, shared.queue, params, load);
   }

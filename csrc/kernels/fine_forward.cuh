@@ -28,7 +28,8 @@
 namespace vsa {
 
 struct FineForwardMaps {
-  CUtensorMap query, key, value;
+  CUtensorMap query;
+  ListedMaps key, value;
 };
 
 struct ValidRows {
@@ -104,6 +105,18 @@ VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const
   }
 }
 
+// One thread.
+template <class Kernel>
+VSA_DEVICE void fine_forward_load_stage(typename Kernel::Tile& tile, const ListedMaps& maps,
+                                        const CubeCoordinates& at, const Task& task,
+                                        const typename Kernel::Run& run, const Stage& stage, Barrier& full) {
+  if constexpr (Kernel::kPaired) {
+    load_blocks<kForwardStageBlocks, true>(tile, maps.cube, at, run.blocks.grid, task, stage, full);
+  } else {
+    load_listed<kForwardStageBlocks>(tile, maps, at, task, run, stage, full);
+  }
+}
+
 // The warp that loads keys and says which of them are real.
 template <class Kernel>
 VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, TaskQueue& queue,
@@ -114,10 +127,9 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, TaskQueue
     Task task = fine_forward_task<Kernel>(params, index);
     typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
-      if (is_partial(stage)) valid_masks(ring.extras[slot].blocks, run.blocks, stage);
+      if (is_partial(stage)) run.valid_masks(ring.extras[slot].blocks, stage);
       full.arrive_expect(Kernel::Tile::kBytes);
-      load_blocks<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.key, params.key,
-                                                        params.kv_grid, task, stage, full);
+      fine_forward_load_stage<Kernel>(ring.tiles[slot], maps.key, params.key, task, run, stage, full);
     };
     producer.fill(run, false, load);
   }
@@ -132,13 +144,13 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, TaskQ
   int index;
   while ((index = next_task(queue).index) < params.num_tasks) {
     Task task = fine_forward_task<Kernel>(params, index);
-    auto load = [&ring, &maps, &params, &task](const Stage& stage, int slot, Barrier& full) {
+    typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
+    auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
       full.arrive_expect(Kernel::Tile::kBytes);
-      load_blocks<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.value, params.value,
-                                                        params.kv_grid, task, stage, full);
+      fine_forward_load_stage<Kernel>(ring.tiles[slot], maps.value, params.value, task, run, stage, full);
     };
     bool clears = !Kernel::kPaired && params.block_sizes;
-    producer.fill(fine_forward_run<Kernel>(params, task, index), clears, load);
+    producer.fill(run, clears, load);
   }
   if constexpr (Kernel::kPaired) producer.drain();
 }
@@ -269,14 +281,12 @@ struct FineForwardConsumer {
   VSA_DEVICE void start_again(Scores& scores, RowVector& sums, RowVector& factor, int index) {
     forget(index);  // nothing of this is worth a register in the loop
     Stage stage = run.load(index);
-    const int blocks[] = {stage_block(stage.first), stage_block(stage.second)};
     uint64_t valid[2];
-    valid_masks(valid, run.blocks, stage);
-    auto key = [this, &blocks, &valid](int first, int row) {
+    run.valid_masks(valid, stage);
+    auto key = [this, &stage, &valid](int first, int row) {
       int b = first / kCubeTokens, slot = first % kCubeTokens + row;
       if (!(valid[b] >> slot & 1)) return static_cast<const T*>(nullptr);
-      int64_t token = params.kv_grid.token(params.kv_grid.origin(blocks[b]), slot);
-      return static_cast<const T*>(params.key_rows.at(task.batch, token, task.head));
+      return static_cast<const T*>(params.key_rows.at(task.batch, run.token(stage, b, slot), task.head));
     };
     mma_ABt_rows(scores, shared.query[consumer], key);
     fill_masked(scores, valid, -INFINITY);
@@ -364,7 +374,7 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
     fence_barrier_init();
   }
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&maps.query, &maps.key, &maps.value}) prefetch_map(*map);
+    for (const CUtensorMap* map : {&maps.query, &maps.key.cube, &maps.value.cube}) prefetch_map(*map);
   }
   if constexpr (kPaired) {
     cluster_sync();  // before an arrival or bytes of the peer at a barrier that is none yet

@@ -18,10 +18,14 @@ struct StageWriter {
   const ScheduleParams& params;
   StagePlaces places;
 
+  // Whatever a list says, nobody reads elsewhere.
+  VSA_DEVICE int existing(int block) const {
+    return min(uint32_t(block), uint32_t(params.listed_grid.num_cubes() - 1));
+  }
+
   VSA_DEVICE void put(int stage, int half, int block, uint32_t members, uint32_t flags = 0) const {
     const CubeGrid& grid = params.listed_grid;
-    // Whatever a list says, nobody reads elsewhere.
-    block = min(uint32_t(block), uint32_t(grid.num_cubes() - 1));
+    block = existing(block);
     if (params.block_sizes && __ldg(params.block_sizes + block) < kCubeTokens) flags |= kStagePartial;
     if (!grid.is_full(grid.origin(block))) flags |= kStagePartial;
     Stage& place = params.schedule.stages[places.index(stage)];
@@ -37,12 +41,95 @@ struct StageWriter {
 constexpr bool several(uint32_t set) { return (set & (set - 1)) != 0; }
 constexpr int lowest(uint32_t set) { return set & 1 ? 0 : 1 + lowest(set >> 1); }
 
+// The thin cubes that the sets of a task's lists have, each set's in rows of its own.
+template <int kLists, int kBlocks>
+struct ThinScheduler {
+  static constexpr uint32_t kSets = 1u << kLists;
+
+  const StageWriter& writer;
+  const Task& task;
+  int index;  // of the task
+  int count[kSets] = {};
+  uint32_t partial = 0;  // a bit for each set that has one with a slot that holds no token
+
+  // Where the rows of a set begin.
+  VSA_DEVICE int64_t first_row(uint32_t set) const {
+    const Schedule& schedule = writer.params.schedule;
+    const CubeGrid& grid = writer.params.grid;
+    if (kLists != 2 || !schedule.offsets) {
+      return (int64_t(index) * thin_sets(kLists) + set - 1) * schedule.set_thin_rows;
+    }
+    // The first list's, or the second's own; after the first one's own those of both.
+    int row = task.block(grid, set == 2 ? 1 : 0);
+    const int32_t* offsets = schedule.offsets + task.head_row * (grid.num_cubes() + int64_t(1)) + row;
+    int offset = __ldg(offsets);
+    int64_t first = task.head_row * schedule.head_thin_rows + first_thin_row(offset, row);
+    return first + (set == 3 ? most_thin_rows(__ldg(offsets + 1) - offset) : 0);
+  }
+  VSA_DEVICE void put(uint32_t set, int number, uint32_t word, uint32_t valid) const {
+    ThinRow& row = writer.params.schedule.thin[first_row(set) + number / kThinCubes];
+    row.cubes[number % kThinCubes] = word;
+    row.valid[number % kThinCubes] = valid;
+  }
+
+  // Takes the thin cubes out of a window: their sets become 0.
+  VSA_DEVICE void take(const int (&block)[kLists], uint32_t (&set)[kLists]) {
+    if (!writer.params.schedule.thin) return;
+    const CubeGrid& grid = writer.params.listed_grid;
+#pragma unroll
+    for (int i = 0; i < kLists; i++) {
+      uint32_t cube = writer.existing(block[i]);
+      Extent3 origin = grid.origin(cube);
+      int side = grid.thin_side(origin);
+      if (!__any_sync(0xffffffffu, side >= 0 && set[i] != 0)) continue;
+      uint32_t word = cube | uint32_t(side) << kStageBlockBits;
+      uint32_t valid = uint32_t(grid.thinned(side).valid_slots(origin) & CubeGrid::ones(kThinTokens));
+      // A set's cubes are the lowest list's.
+#pragma unroll
+      for (uint32_t s = 1; s < kSets; s++) {
+        if (lowest(s) != i) continue;
+        bool mine = side >= 0 && set[i] == s;
+        uint32_t lanes = __ballot_sync(0xffffffffu, mine);
+        if (lanes == 0) continue;
+        if (mine) put(s, count[s] + __popc(lanes & ((1u << lane_id()) - 1)), word, valid);
+        count[s] += __popc(lanes);
+        bool full = valid == (1u << kThinTokens) - 1;
+        if (__any_sync(0xffffffffu, mine && !full)) partial |= 1u << s;
+      }
+      if (side >= 0) set[i] = 0;
+    }
+  }
+
+  // Stages of what was taken, from number `stages` on; where they end.
+  VSA_DEVICE int take_rest(int stages) const {
+    if (!writer.params.schedule.thin) return stages;
+    constexpr int kStageCubes = kBlocks * kThinCubes;
+    const CubeGrid& grid = writer.params.listed_grid;
+    uint32_t side = grid.log2_cube.t >= 2 ? 0 : grid.log2_cube.h >= 2 ? 1 : 2;
+    uint32_t nothing = grid.num_cubes() | side << kStageBlockBits;
+#pragma unroll
+    for (uint32_t s = 1; s < kSets; s++) {
+      int made = ceil_div(count[s], kStageCubes), missing = made * kStageCubes - count[s];
+      if (lane_id() < missing) put(s, count[s] + lane_id(), nothing, 0);
+#pragma unroll 1
+      for (int i = lane_id(); i < made; i += kWarpThreads) {
+        uint32_t flag = partial >> s & 1 || (i == made - 1 && missing) ? kStagePartial : 0;
+        Stage& place = writer.params.schedule.stages[writer.places.index(stages + i)];
+        place = {s << kStageBlockBits | flag, uint32_t(first_row(s) + i * kBlocks) | kStageThin | flag};
+      }
+      stages += made;
+    }
+    return stages;
+  }
+};
+
 // Stages of two blocks. Sets of consumers are bit masks; those of one consumer are its "own".
 template <int kLists>
 struct PairScheduler {
   static constexpr uint32_t kSets = 1u << kLists;
 
   const StageWriter& writer;
+  ThinScheduler<kLists, 2>& thin;
   int stages = 0;           // written
   int waiting[kSets] = {};  // the block without a partner of each set
   uint32_t waits = 0;       // a bit for each set that has one
@@ -52,6 +139,7 @@ struct PairScheduler {
     int block[kLists], pairs[kSets], begin[kSets];
     uint32_t set[kLists], lanes[kSets];
     window.load(block, set);
+    thin.take(block, set);
     int total = stages;
 #pragma unroll
     for (uint32_t s = 1; s < kSets; s++) {
@@ -64,7 +152,7 @@ struct PairScheduler {
 #pragma unroll
     for (int i = 0; i < kLists; i++) total += pairs[1u << i];
 
-#pragma unroll
+#pragma unroll kSets
     for (uint32_t s = 1; s < kSets; s++) {
       auto stage_of = [&pairs, &begin, begin_own, s](int pair) {
         if (several(s)) return begin[s] + pair;
@@ -104,6 +192,7 @@ struct PairScheduler {
       }
       stages += (left + 1) / 2;
     }
+    stages = thin.take_rest(stages);
   }
 };
 
@@ -111,12 +200,14 @@ struct PairScheduler {
 template <int kLists>
 struct SingleScheduler {
   const StageWriter& writer;
+  ThinScheduler<kLists, 1>& thin;
   int stages = 0;
 
   VSA_DEVICE void take(BlockWindow<kLists>& window) {
     int block[kLists], before = stages;
     uint32_t set[kLists], lanes[kLists];
     window.load(block, set);
+    thin.take(block, set);
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
       lanes[i] = __ballot_sync(0xffffffffu, set[i] != 0);
@@ -131,7 +222,7 @@ struct SingleScheduler {
     }
   }
 
-  VSA_DEVICE void take_rest() {}
+  VSA_DEVICE void take_rest() { stages = thin.take_rest(stages); }
 };
 
 template <int kConsumers, int kBlocks>
@@ -143,6 +234,7 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
       task_at<kConsumers>(params.grid, params.heads, params.groups, params.schedule.whole_tasks, index);
   StageWriter writer{params, stage_places<kConsumers, kBlocks>(params.schedule, params.grid, task, index)};
 
+  ThinScheduler<kConsumers, kBlocks> thin{writer, task, index};
   BlockWindow<kConsumers> window;
 #pragma unroll
   for (int i = 0; i < kConsumers; i++) {
@@ -160,7 +252,8 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
     }
     window.start(i, list, exists ? count : 0);
   }
-  std::conditional_t<kBlocks == 2, PairScheduler<kConsumers>, SingleScheduler<kConsumers>> scheduler{writer};
+  std::conditional_t<kBlocks == 2, PairScheduler<kConsumers>, SingleScheduler<kConsumers>> scheduler{writer,
+                                                                                                     thin};
   while (!window.ended()) scheduler.take(window);
   scheduler.take_rest();
   if (lane_id() == 0) params.schedule.counts[index] = scheduler.stages;

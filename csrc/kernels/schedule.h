@@ -8,15 +8,23 @@ namespace vsa {
 
 // A CTA's task: a group of blocks of one head that are neighbours along time, one a consumer, or a block. Its
 // lists are cut into stages of one or two blocks which the same consumers chose: these are loaded once and
-// shared.
+// shared. Of thin cubes a stage holds more, in a row of the task's `thin`.
 struct Stage {
-  uint32_t first;   // block | members (a bit a consumer) << kStageBlockBits | kStagePartial
-  uint32_t second;  // block | kStagePadded | kStagePartial
+  uint32_t first;   // block or nothing | members (a bit a consumer) << kStageBlockBits | kStagePartial
+  uint32_t second;  // block or the first of its thin rows | kStageThin | kStagePadded | kStagePartial
 };
 constexpr int kStageBlockBits = 25;
 constexpr int kMostMembers = 4;
+constexpr uint32_t kStageThin = 1u << 29;
 constexpr uint32_t kStagePadded = 1u << 30;  // no second block: the first one again, which counts for nothing
 constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no token
+// What a stage holds of thin cubes in the place of a block. Where there are fewer, the others lie behind the
+// last block, at a side that has a quarter, and arrive as zeros.
+constexpr int kThinCubes = kCubeTokens / kThinTokens;
+struct alignas(8) ThinRow {
+  uint32_t cubes[kThinCubes];  // block | thin_side << kStageBlockBits
+  uint16_t valid[kThinCubes];  // bit per slot: a real token
+};
 
 // Of `groups` of blocks, those that are a task each. The last partial round of CTAs has the blocks of the
 // others, a task each, where that gives no CTA a second one: a block takes less than a group.
@@ -37,20 +45,35 @@ struct Schedule {
   int32_t whole_tasks;     // tasks of a group of blocks each; those after them have a block each
   int64_t task_stages;     // from one task's stages to the next one's
   int64_t head_stages;     // with offsets: from one head's stages to the next one's
+  // By the set of lists that have the cubes (bit masks from 1 on): [tasks, sets, set_thin_rows], or along the
+  // compressed rows, each with room for the cubes of two sets. Null: thin cubes are blocks like others.
+  ThinRow* thin;
+  int32_t set_thin_rows;
+  int64_t head_thin_rows;  // with offsets: from one head's to the next one's
 };
 
+constexpr int thin_sets(int lists) { return (1 << lists) - 1; }
+
 // A list of n blocks is a member of exactly ceil(n / blocks_per_stage) stages, so that a task has at most the
-// sum of these over its lists.
-constexpr int64_t most_stages(int64_t lists, int64_t longest, int blocks_per_stage) {
-  return lists * ceil_div(longest, blocks_per_stage);
+// sum of these over its lists. If thin cubes stand apart, a list may have one block without a partner more,
+// and each set of lists a row that is not full.
+constexpr int64_t most_stages(int64_t lists, int64_t longest, int blocks_per_stage, bool thin) {
+  return lists * ceil_div(longest, blocks_per_stage) + (thin ? lists + thin_sets(int(lists)) : 0);
+}
+
+// Rows for so many thin cubes of a set, whole stages of them; and where those of compressed list number
+// `row`, which begins at `offset`, begin.
+constexpr int64_t most_thin_rows(int64_t cubes) { return cubes / kThinCubes + 2; }
+VSA_HOST_DEVICE constexpr int64_t first_thin_row(int64_t offset, int64_t row) {
+  return 2 * (offset / kThinCubes + 2 * row);
 }
 
 // Where the stages of compressed list number `row`, which begins at `offset`, may begin.
-VSA_HOST_DEVICE int64_t first_stage(int64_t offset, int64_t row, int blocks_per_stage) {
-  return blocks_per_stage == 1 ? offset : (offset + row) / 2;
+VSA_HOST_DEVICE constexpr int64_t first_stage(int64_t offset, int64_t row, int blocks_per_stage) {
+  return blocks_per_stage == 1 ? offset : (offset + row) / 2 + 2 * row;
 }
 constexpr int64_t most_head_stages(int64_t entries, int64_t rows, int blocks_per_stage) {
-  return blocks_per_stage == 1 ? entries : (entries + rows) / 2 + 1;
+  return first_stage(entries, rows, blocks_per_stage) + 1;
 }
 
 }  // namespace vsa

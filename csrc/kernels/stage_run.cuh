@@ -9,6 +9,7 @@ VSA_DEVICE int stage_block(uint32_t word) { return word & ((1u << kStageBlockBit
 VSA_DEVICE uint32_t stage_members(const Stage& stage) {
   return stage.first >> kStageBlockBits & ((1u << kMostMembers) - 1);
 }
+VSA_DEVICE bool is_thin(const Stage& stage) { return stage.second & kStageThin; }
 VSA_DEVICE bool is_padded(const Stage& stage) { return stage.second & kStagePadded; }
 VSA_DEVICE bool is_partial(const Stage& stage) { return (stage.first | stage.second) & kStagePartial; }
 
@@ -27,15 +28,11 @@ struct ListedBlocks {
   }
 };
 
-// Bit per key of a stage's two blocks: a real token.
-VSA_DEVICE void valid_masks(uint64_t (&masks)[2], const ListedBlocks& blocks, const Stage& stage) {
-  masks[0] = blocks.valid_rows(stage_block(stage.first));
-  masks[1] = is_padded(stage) ? 0 : blocks.valid_rows(stage_block(stage.second));
-}
-
 // Without a schedule a stage holds the next blocks of all, for every consumer. kListed: there may be one.
-template <int kBlocks, bool kListed = true>
+template <int kBlocks, bool kListed_ = true>
 struct StageRun {
+  static constexpr bool kListed = kListed_;
+
   const Schedule& schedule;
   ListedBlocks blocks;
   StagePlaces places;
@@ -49,9 +46,38 @@ struct StageRun {
       uint2 words = __ldg(reinterpret_cast<const uint2*>(schedule.stages + places.index(i)));
       return {words.x, words.y};
     }
-    uint32_t first = kBlocks * i, second = min(kBlocks * i + kBlocks - 1, blocks.grid.num_cubes() - 1);
+    uint32_t first = kBlocks * i, second = first;
+    if (kBlocks > 1) second = min(kBlocks * i + kBlocks - 1, blocks.grid.num_cubes() - 1);
     return {first | everyone << kStageBlockBits | blocks.partial_flag(first),
             second | (second == first ? kStagePadded | kStagePartial : blocks.partial_flag(second))};
+  }
+
+  // A thin stage's kBlocks rows.
+  VSA_DEVICE const ThinRow* thin_rows(const Stage& stage) const {
+    int first = stage.second % kStageThin;
+    forget(first);  // an address takes no register before it is needed
+    return schedule.thin + first;
+  }
+
+  // Bit per row of a stage of two blocks: a real token.
+  VSA_DEVICE void valid_masks(uint64_t (&masks)[2], const Stage& stage) const {
+    if (is_thin(stage)) {
+      const ThinRow* rows = thin_rows(stage);
+      for (int i = 0; i < 2; i++) masks[i] = __ldg(reinterpret_cast<const uint64_t*>(rows[i].valid));
+    } else {
+      masks[0] = blocks.valid_rows(stage_block(stage.first));
+      masks[1] = is_padded(stage) ? 0 : blocks.valid_rows(stage_block(stage.second));
+    }
+  }
+
+  // The token in a row that has one: number `slot` of half `half` of a stage of two blocks.
+  VSA_DEVICE int64_t token(const Stage& stage, int half, int slot) const {
+    if (!is_thin(stage)) {
+      return blocks.grid.token(blocks.grid.origin(stage_block(half ? stage.second : stage.first)), slot);
+    }
+    uint32_t cube = __ldg(thin_rows(stage)[half].cubes + slot / kThinTokens);
+    CubeGrid thinned = blocks.grid.thinned(cube >> kStageBlockBits);
+    return thinned.token(blocks.grid.origin(stage_block(cube)), slot % kThinTokens);
   }
 };
 

@@ -51,7 +51,9 @@ template <int kConsumers, int kBlocks>
 VSA_DEVICE StagePlaces stage_places(const Schedule& schedule, const CubeGrid& grid, const Task& task,
                                     int index) {
   if (kConsumers != 2 || !schedule.offsets) return {index * schedule.task_stages, INT_MAX, 0};
-  const int32_t* offsets = schedule.offsets + task.head_row * (grid.num_cubes() + int64_t(1));
+  int rows = grid.num_cubes();
+  forget(rows);  // what depends on it takes no register between tasks
+  const int32_t* offsets = schedule.offsets + task.head_row * (rows + int64_t(1));
   auto begin = [offsets](int row) { return first_stage(__ldg(offsets + row), row, kBlocks); };
   int first = task.block(grid, 0);
   int64_t at = task.head_row * schedule.head_stages + begin(first);

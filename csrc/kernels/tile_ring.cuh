@@ -192,6 +192,37 @@ VSA_DEVICE void load_blocks(Tile& tile, const CUtensorMap& map, const CubeCoordi
   }
 }
 
+// Boxes of a cube, and of a quarter of one, by the side that is a quarter.
+struct ListedMaps {
+  CUtensorMap cube, thin[3];
+};
+
+// One thread: a stage's blocks, or its thin cubes one after the other.
+template <int kBlocks, class Tile, class Run>
+VSA_DEVICE void load_listed(Tile& tile, const ListedMaps& maps, const CubeCoordinates& at, const Task& task,
+                            const Run& run, const Stage& stage, Barrier& full) {
+  const CubeGrid& grid = run.blocks.grid;
+  if constexpr (Run::kListed) {
+    if (is_thin(stage)) {
+      const ThinRow* rows = run.thin_rows(stage);
+#pragma unroll 1
+      for (int i = 0; i < kBlocks * kThinCubes; i++) {
+        uint32_t word = __ldg(rows[i / kThinCubes].cubes + i % kThinCubes);
+        CubeAddress cube = task.address(grid, stage_block(word));
+        const CUtensorMap& map = maps.thin[word >> kStageBlockBits];
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; panel++) {
+          int32_t coordinates[5];
+          box_coordinates(coordinates, at, cube, panel);
+          load_async(tile.panel(panel) + i * kThinTokens * Tile::kPanelCols, map, coordinates, full);
+        }
+      }
+      return;
+    }
+  }
+  load_blocks<kBlocks>(tile, maps.cube, at, grid, task, stage, full);
+}
+
 // A stage that a consumer is a member of.
 struct StageAt {
   uint32_t position;

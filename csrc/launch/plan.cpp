@@ -1,5 +1,6 @@
 #include "launch/plan.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "launch/check.h"
@@ -112,6 +113,34 @@ CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const cha
                    " bytes, expected less than 2^40");
   }
   return result;
+}
+
+CubeCoordinates add_cube_map(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
+                             const char* argument) {
+  CubeMap map = make_cube_map(tensor, grid, argument);
+  plan.maps.push_back(map.map);
+  return map.coordinates;
+}
+
+CubeCoordinates add_listed_maps(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
+                                const char* argument) {
+  CubeCoordinates coordinates = add_cube_map(plan, tensor, grid, argument);
+  const TensorMapPlan cube = plan.maps.back();
+  for (int dimension : {3, 2, 1}) {  // of the map: t, h, w
+    TensorMapPlan thin = cube;
+    thin.box[dimension] = std::max(thin.box[dimension] / 4, 1u);  // of shorter sides none is thin
+    plan.maps.push_back(thin);
+  }
+  return coordinates;
+}
+
+int64_t num_thin_cubes(const CubeGrid& grid) {
+  Extent3 last = {(grid.cubes.t - 1) << grid.log2_cube.t, (grid.cubes.h - 1) << grid.log2_cube.h,
+                  (grid.cubes.w - 1) << grid.log2_cube.w};
+  int64_t t = grid.cubes.t - (grid.thin_side({last.t, 0, 0}) == 0);
+  int64_t h = grid.cubes.h - (grid.thin_side({0, last.h, 0}) == 1);
+  int64_t w = grid.cubes.w - (grid.thin_side({0, 0, last.w}) == 2);
+  return grid.num_cubes() - t * h * w;
 }
 
 TokenRows make_token_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {

@@ -85,6 +85,13 @@ struct CubeMap {
 };
 CubeMap make_cube_map(const TokenTensor& tensor, const CubeGrid& grid, const char* argument);
 
+// One, or a ListedMaps of them, added to the maps of `plan`.
+CubeCoordinates add_cube_map(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
+                             const char* argument);
+CubeCoordinates add_listed_maps(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
+                                const char* argument);
+int64_t num_thin_cubes(const CubeGrid& grid);
+
 // Rows that a kernel reads or writes 16 bytes at a time. `argument` names the tensor in errors.
 constexpr int kVectorElements = 8;  // of 16 bits
 TokenRows make_token_rows(const TokenTensor& tensor, const CubeGrid& grid, const char* argument);

@@ -33,6 +33,10 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   params.lse = pointer<const float>(arguments.lse);
   params.delta = pointer<const float>(arguments.delta);
   params.row_terms = pointer<void>(arguments.row_terms);
+  if (arguments.kv_schedule.thin) {
+    int64_t rows = query.batch * query.heads * arguments.q_grid.num_cubes() * int64_t(kCubeTokens);
+    params.no_terms = pointer<void>(arguments.row_terms + rows * kRowTermsBytes);
+  }
   constexpr double kLog2OfE = 1.4426950408889634;
   params.scale = float(arguments.scale);
   params.scale_log2 = float(arguments.scale * kLog2OfE);
@@ -55,18 +59,15 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
   return params;
 }
 
-CubeCoordinates add_map(LaunchPlan& plan, const TokenTensor& tensor, const CubeGrid& grid,
-                        const char* argument) {
-  CubeMap map = make_cube_map(tensor, grid, argument);
-  plan.maps.push_back(map.map);
-  return map.coordinates;
-}
-
-void add_inputs(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments) {
-  params.query = add_map(plan, arguments.query, arguments.q_grid, "query");
-  params.key = add_map(plan, arguments.key, arguments.kv_grid, "key");
-  params.value = add_map(plan, arguments.value, arguments.kv_grid, "value");
-  params.grad_out = add_map(plan, arguments.grad_out, arguments.q_grid, "grad_fine");
+// One side of them is listed.
+void add_inputs(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
+                bool keys_listed) {
+  auto& add_query_map = keys_listed ? add_cube_map : add_listed_maps;
+  auto& add_key_map = keys_listed ? add_listed_maps : add_cube_map;
+  params.query = add_query_map(plan, arguments.query, arguments.q_grid, "query");
+  params.key = add_key_map(plan, arguments.key, arguments.kv_grid, "key");
+  params.value = add_key_map(plan, arguments.value, arguments.kv_grid, "value");
+  params.grad_out = add_query_map(plan, arguments.grad_out, arguments.q_grid, "grad_fine");
 }
 
 TokenRows gradient_rows(const TokenTensor& gradient, const TokenTensor& of, const CubeGrid& grid,
@@ -99,10 +100,11 @@ void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardA
 LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* kernel, bool fused) {
   LaunchPlan plan;
   FineBackwardParams params = start(plan, arguments, kernel, fused);
-  add_inputs(plan, params, arguments);
+  add_inputs(plan, params, arguments, false);
   params.grad_key = gradient_rows(arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
   params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
-  if (!fused || fine_backward_fused_takes_lists(int(arguments.query.head_dim))) {
+  // What the device chooses for all pairs of blocks needs none.
+  if (!fused || (fine_backward_fused_takes_lists(int(arguments.query.head_dim)) && !arguments.choose_by)) {
     params.schedule = arguments.kv_schedule;
     params.adds_directly = arguments.adds_directly;
   }
@@ -140,7 +142,7 @@ LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
 LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
   FineBackwardParams params = start(plan, arguments, "fine_backward_q", false);
-  add_inputs(plan, params, arguments);
+  add_inputs(plan, params, arguments, true);
   add_grad_query(params, arguments);
   params.schedule = arguments.q_schedule;
   set_shape(plan, params, arguments, arguments.q_grid);

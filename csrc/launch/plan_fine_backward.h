@@ -12,7 +12,8 @@ struct FineBackwardArguments {
   Schedule kv_schedule{}, q_schedule{};         // made for either pass
   uint64_t block_sizes = 0, q_block_sizes = 0;  // int32 [blocks]
   uint64_t lse = 0, delta = 0;                  // fp32 [batch, heads, num_q_blocks, 64] packed
-  uint64_t row_terms = 0;  // 16 bytes [batch, heads, num_q_blocks, 64], what is launched first writes them
+  // 16 bytes [batch * heads * num_q_blocks + 1, 64], which what is launched first writes.
+  uint64_t row_terms = 0;
   uint64_t grad_query_sums = 0;  // fp32 [batch, heads, num_q_blocks, 64, head_dim], of the fused pass
   bool adds_directly = false;    // to these, where lists are such that key blocks share few query blocks
   // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours run

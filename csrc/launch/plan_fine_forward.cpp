@@ -52,14 +52,9 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.coarse_grid = arguments.coarse_grid;
   check_same_tokens(arguments.coarse_grid, arguments.q_grid, "coarse_grid");
 
-  auto add_map = [&plan](const TokenTensor& tensor, const CubeGrid& grid, const char* argument) {
-    CubeMap map = make_cube_map(tensor, grid, argument);
-    plan.maps.push_back(map.map);
-    return map.coordinates;
-  };
-  params.query = add_map(query, arguments.q_grid, "query");
-  params.key = add_map(arguments.key, arguments.kv_grid, "key");
-  params.value = add_map(arguments.value, arguments.kv_grid, "value");
+  params.query = add_cube_map(plan, query, arguments.q_grid, "query");
+  params.key = add_listed_maps(plan, arguments.key, arguments.kv_grid, "key");
+  params.value = add_listed_maps(plan, arguments.value, arguments.kv_grid, "value");
   params.key_rows = make_token_rows(arguments.key, arguments.kv_grid, "key");
   params.out = make_token_rows(arguments.out, arguments.q_grid, "out");
   params.store_out_fine = arguments.store_out_fine;

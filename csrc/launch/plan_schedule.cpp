@@ -1,5 +1,6 @@
 #include "launch/plan_schedule.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "kernels/fine_backward_params.h"
@@ -20,6 +21,7 @@ Grouping grouping(const ScheduleArguments& arguments) {
     case FinePass::kForward:
       return {fine_forward_consumers(head_dim), kForwardStageBlocks};
     case FinePass::kBackwardKv:
+    case FinePass::kBackwardFused:
       return {kBackwardConsumers, fine_backward_kv_stage_blocks(head_dim)};
     default:
       return {kBackwardConsumers, kBackwardQStageBlocks};
@@ -43,6 +45,31 @@ int64_t whole_tasks(const ScheduleArguments& arguments) {
 int64_t head_stages(const ScheduleArguments& arguments) {
   return most_head_stages(arguments.compressed.entries_per_head, arguments.grid.num_cubes(),
                           grouping(arguments).stage_blocks);
+}
+
+int64_t set_thin_rows(const ScheduleArguments& arguments) {
+  return most_thin_rows(std::min(arguments.max_blocks, num_thin_cubes(arguments.listed_grid)));
+}
+
+int64_t head_thin_rows(const ScheduleArguments& arguments) {
+  return first_thin_row(arguments.compressed.entries_per_head, arguments.grid.num_cubes());
+}
+
+int64_t all_thin_rows(const ScheduleArguments& arguments) {
+  if (arguments.compressed.offsets) return head_thin_rows(arguments) * arguments.heads * arguments.batch;
+  return num_tasks(arguments) * thin_sets(grouping(arguments).consumers) * set_thin_rows(arguments);
+}
+
+// Whether thin cubes stand apart. Not where block_sizes may leave less of them, nor in the fused pass, which
+// adds to dQ block by block, nor where a stage cannot name all rows.
+bool thin_apart(const ScheduleArguments& arguments) {
+  return arguments.pass != FinePass::kBackwardFused && !arguments.block_sizes &&
+         num_thin_cubes(arguments.listed_grid) > 0 && all_thin_rows(arguments) < int64_t(kStageThin);
+}
+
+int64_t task_stages(const ScheduleArguments& arguments) {
+  auto [consumers, stage_blocks] = grouping(arguments);
+  return most_stages(consumers, arguments.max_blocks, stage_blocks, thin_apart(arguments));
 }
 
 }  // namespace
@@ -69,8 +96,9 @@ BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& en
 FinePass fine_pass(const std::string& name) {
   if (name == "fine_forward") return FinePass::kForward;
   if (name == "fine_backward_kv") return FinePass::kBackwardKv;
+  if (name == "fine_backward_fused") return FinePass::kBackwardFused;
   check_argument(name == "fine_backward_q", "pass: got ", name,
-                 ", expected fine_forward, fine_backward_kv or fine_backward_q");
+                 ", expected fine_forward, fine_backward_kv, fine_backward_q or fine_backward_fused");
   return FinePass::kBackwardQ;
 }
 
@@ -79,19 +107,24 @@ int64_t num_tasks(const ScheduleArguments& arguments) {
 }
 
 int64_t num_stages(const ScheduleArguments& arguments) {
-  auto [consumers, stage_blocks] = grouping(arguments);
   if (arguments.compressed.offsets) return head_stages(arguments) * arguments.heads * arguments.batch;
-  return num_tasks(arguments) * most_stages(consumers, arguments.max_blocks, stage_blocks);
+  return num_tasks(arguments) * task_stages(arguments);
+}
+
+int64_t num_thin(const ScheduleArguments& arguments) {
+  return thin_apart(arguments) ? all_thin_rows(arguments) : 0;
 }
 
 Schedule make_schedule(const ScheduleArguments& arguments) {
-  auto [consumers, stage_blocks] = grouping(arguments);
   Schedule schedule{};
   schedule.stages = pointer<Stage>(arguments.stages);
   schedule.counts = pointer<int32_t>(arguments.stage_counts);
   schedule.offsets = arguments.compressed.offsets;
   schedule.whole_tasks = int32_t(whole_tasks(arguments));
-  schedule.task_stages = most_stages(consumers, arguments.max_blocks, stage_blocks);
+  schedule.task_stages = task_stages(arguments);
+  if (thin_apart(arguments)) schedule.thin = pointer<ThinRow>(arguments.thin);
+  schedule.set_thin_rows = int32_t(set_thin_rows(arguments));
+  schedule.head_thin_rows = arguments.compressed.offsets ? head_thin_rows(arguments) : 0;
   schedule.head_stages = arguments.compressed.offsets ? head_stages(arguments) : 0;
   return schedule;
 }
@@ -110,6 +143,8 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   check_argument(arguments.stages != 0 && arguments.stage_counts != 0,
                  "stages, counts: got a null pointer, expected device memory");
+  check_argument(arguments.thin != 0 || !thin_apart(arguments),
+                 "thin: got a null pointer, expected device memory");
 
   ScheduleParams params{};
   params.lists = arguments.lists;

@@ -10,7 +10,7 @@ namespace vsa {
 BlockLists make_block_lists(const StridedTensor& counts, const StridedTensor& entries, int64_t num_blocks);
 
 // The kernels that walk block lists.
-enum class FinePass { kForward, kBackwardKv, kBackwardQ };
+enum class FinePass { kForward, kBackwardKv, kBackwardQ, kBackwardFused };
 
 FinePass fine_pass(const std::string& name);
 
@@ -23,12 +23,13 @@ struct ScheduleArguments {
   int64_t max_blocks = 0;        // of one list
   CompressedLists compressed{};  // of the key side
   int num_sms = 1;               // of the device
-  uint64_t stages = 0,
-           stage_counts = 0;  // where the schedule goes: int32 [num_stages, 2] and [num_tasks + 1]
+  // Where the schedule goes: int32 [num_stages, 2], [num_tasks + 1] and [num_thin, 6].
+  uint64_t stages = 0, stage_counts = 0, thin = 0;
 };
 
 int64_t num_stages(const ScheduleArguments& arguments);
 int64_t num_tasks(const ScheduleArguments& arguments);
+int64_t num_thin(const ScheduleArguments& arguments);
 Schedule make_schedule(const ScheduleArguments& arguments);
 LaunchPlan plan_schedule(const ScheduleArguments& arguments);
 
