@@ -8,7 +8,7 @@ import torch
 
 from attention_cases import EDGE_CASES, LINEAR, Case
 from tolerance import assert_lse_within_tolerance, assert_within_tolerance, half_precision_baseline
-from vsa_cuda import block_sparse_attention, reference
+from vsa_cuda import _extension, block_sparse_attention, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -96,13 +96,19 @@ def check_against_reference(case):
         assert_within_tolerance(got, want, half, f"d{name}")
 
 
+# As if the GPU had so many multiprocessors: with all of them, the tasks of small problems have a block each.
+@pytest.mark.parametrize("sms", [None, 2])
 @pytest.mark.parametrize("case", EDGE_CASES, ids=str)
-def test_edge_cases(case):
+def test_edge_cases(case, sms, monkeypatch):
+    if sms is not None:
+        monkeypatch.setattr(_extension, "num_sms", lambda device: sms)
     check_against_reference(case)
 
 
 @pytest.mark.parametrize("index", range(NUM_GENERATED))
-def test_generated_shapes(index, seed):
+def test_generated_shapes(index, seed, monkeypatch):
+    if index % 2:
+        monkeypatch.setattr(_extension, "num_sms", lambda device: 7)
     check_against_reference(generated_case(index, seed))
 
 

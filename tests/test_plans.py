@@ -446,6 +446,32 @@ def plan_forward(blocks, heads, sms, head_dim=128, block_sizes=0, schedule=False
 
 
 @pytest.mark.parametrize(
+    ("cube", "boxes"),
+    [
+        ((4, 4, 4), [(64, 4, 4, 4, 1), (64, 4, 4, 1, 1), (64, 4, 1, 4, 1), (64, 1, 4, 4, 1)]),
+        ((16, 2, 2), [(64, 2, 2, 16, 1), (64, 2, 2, 4, 1)]),
+        ((1, 1, 64), [(64, 64, 1, 1, 1), None, None, (64, 16, 1, 1, 1)]),
+    ],
+)
+def test_boxes_of_a_cube_and_of_a_quarter_of_it(cube, boxes):
+    """By the side that is a quarter: time, height, width. None of sides below four."""
+    C = _extension.load()
+    like = torch.zeros(1, 5 * 6 * 7, 2, 64, dtype=torch.bfloat16)
+    grid, tensor = C.CubeGrid(video_shape=(5, 6, 7), cube=cube), _kernels._tokens(like)
+    gate, _ = _kernels._gate(None, 1.0)
+    plan = C.plan_fine_forward(
+        query=tensor, key=tensor, value=tensor, out=tensor, out_fine=tensor, store_out_fine=False,
+        q_grid=grid, kv_grid=grid, coarse_grid=grid, schedule=C.Schedule(), block_sizes=0, q_block_sizes=0,
+        lse=BASE, coarse=0, gate_fine=gate, gate_coarse=gate, scale=0.125, num_sms=NUM_SMS,
+    )  # fmt: skip
+    assert len(plan.maps) == 1 + 2 * 4 and plan.maps[0].box == boxes[0]
+    for first in (1, 5):
+        for found, box in zip(plan.maps[first:], boxes, strict=False):
+            assert box is None or found.box == box
+            assert (found.extents, found.strides) == (plan.maps[0].extents, plan.maps[0].strides)
+
+
+@pytest.mark.parametrize(
     ("op", "position"), [("fine_forward", 1), ("combine_backward", 2), ("fine_backward", 3)]
 )
 def test_the_coarse_grid_has_the_same_tokens(op, position):

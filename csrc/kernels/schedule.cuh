@@ -105,7 +105,7 @@ struct ThinScheduler {
     if (!writer.params.schedule.thin) return stages;
     constexpr int kStageCubes = kBlocks * kThinCubes;
     const CubeGrid& grid = writer.params.listed_grid;
-    uint32_t side = grid.log2_cube.t >= 2 ? 0 : grid.log2_cube.h >= 2 ? 1 : 2;
+    uint32_t side = grid.log2_cube.t >= 2 ? 0 : grid.log2_cube.h >= 2 ? 1 : 2;  // with a quarter
     uint32_t nothing = grid.num_cubes() | side << kStageBlockBits;
 #pragma unroll
     for (uint32_t s = 1; s < kSets; s++) {
