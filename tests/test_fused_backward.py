@@ -332,5 +332,6 @@ def test_memory_of_the_backward(head_dim, width, fused, seed):
     schedules = 0 if width is None else 2 * 8 * heads * blocks * (width + 2) + (1 << 16)
     result = sum(x.numel() * x.element_size() for x in gradients)
     small = 16 * rows.numel() + schedules + (1 << 16)
+    small += 1 << 20  # what the allocator does not split off a block
     assert result + sums <= peak <= result + sums + small
     assert small < 2 * q.numel()  # so that one more buffer would show

@@ -97,7 +97,7 @@ def check_against_reference(case):
 
 
 # As if the GPU had so many multiprocessors: with all of them, the tasks of small problems have a block each.
-@pytest.mark.parametrize("sms", [None, 2])
+@pytest.mark.parametrize("sms", [None, 2], ids=["all", "few"])
 @pytest.mark.parametrize("case", EDGE_CASES, ids=str)
 def test_edge_cases(case, sms, monkeypatch):
     if sms is not None:
