@@ -20,7 +20,7 @@ def dense_pairs(batch: int, heads: int, tokens: int) -> int:
 
 
 def executed_flops(pairs: int, head_dim: int, backward: bool = False) -> float:
-    """FLOPs of whole 64x64 pairs, partial cubes counted as full."""
+    """FLOPs of whole 64x64 pairs, partial cubes counted as full; kernels may compute fewer (thin cubes)."""
     return 4 * pairs * CUBE_VOLUME**2 * head_dim * (BACKWARD_FACTOR if backward else 1)
 
 
