@@ -161,6 +161,26 @@ def test_a_plan_passes_the_choice_on(only):
     assert choice not in without.params and len(without.params) == len(plan.params)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "choose_by", "takes"), [(64, 0, True), (64, BASE, False), (128, 0, False)]
+)
+def test_which_fused_pass_takes_lists(head_dim, choose_by, takes):
+    """Not where the device chooses it for all pairs: the schedule is the other passes', thin cubes apart."""
+    C, address = _extension.load(), 0x123456789ABC00
+    nothing = C.StridedTensor(address=0, strides=[])
+    grid = C.CubeGrid(video_shape=(9, 7, 6), cube=(4, 4, 4))
+    made = C.ScheduleArguments(
+        kernel="fine_backward_kv", batch=2, heads=3, head_dim=head_dim, grid=grid, listed_grid=grid,
+        block_sizes=0, counts=nothing, entries=nothing, max_blocks=0, offsets=BASE, compressed_entries=BASE,
+        entries_per_head=12, num_sms=1,
+    )  # fmt: skip
+    made.stages = made.stage_counts = made.thin = address
+    changes = {"kv_schedule": made.schedule, "choose_by": choose_by, "head_dim": head_dim}
+    key_pass, fused = backward_plans(only=["plan_fine_backward_kv", "plan_fine_backward_fused"], **changes)
+    assert struct.pack("Q", address) in key_pass.params
+    assert (struct.pack("Q", address) in fused.params) == takes
+
+
 def test_fine_backward_plan_refuses_another_videos_pooled_gradients():
     other = _extension.load().CubeGrid(video_shape=(9, 7, 7), cube=(4, 4, 4))
     takes = {"pooled_q_grid": (0, 4), "pooled_kv_grid": (1, 3)}

@@ -429,19 +429,22 @@ def test_when_ctas_of_the_forward_pair(blocks, heads, sms, changes, ctas):
 
 
 def plan_forward(blocks, heads, sms, head_dim=128, block_sizes=0, schedule=False):
-    C = _extension.load()
     like = torch.zeros(1, 64 * blocks, heads, head_dim, dtype=torch.bfloat16)
-    grid, tensor = C.CubeGrid(video_shape=(1, 1, 64 * blocks), cube=(1, 1, 64)), _kernels._tokens(like)
-    gate, _ = _kernels._gate(None, 1.0)
+    grid = host_grid((1, 1, 64 * blocks), (1, 1, 64))
     lists = torch.zeros(1, heads, blocks, dtype=torch.int32), torch.zeros(1, heads, blocks, 1).int()
     with recorded_plans():
         made, _kept = _kernels._schedule(
             "fine_forward", like, grid, grid, None, lists if schedule else (None, None)
         )
-    return C.plan_fine_forward(
+    return plan_self_attention(like, grid, made, block_sizes, sms)
+
+
+def plan_self_attention(like, grid, schedule, block_sizes=0, sms=NUM_SMS):
+    tensor, (gate, _) = _kernels._tokens(like), _kernels._gate(None, 1.0)
+    return _extension.load().plan_fine_forward(
         query=tensor, key=tensor, value=tensor, out=tensor, out_fine=tensor, store_out_fine=False,
-        q_grid=grid, kv_grid=grid, coarse_grid=grid, schedule=made, block_sizes=block_sizes, q_block_sizes=0,
-        lse=BASE, coarse=0, gate_fine=gate, gate_coarse=gate, scale=0.125, num_sms=sms,
+        q_grid=grid, kv_grid=grid, coarse_grid=grid, schedule=schedule, block_sizes=block_sizes,
+        q_block_sizes=0, lse=BASE, coarse=0, gate_fine=gate, gate_coarse=gate, scale=0.125, num_sms=sms,
     )  # fmt: skip
 
 
@@ -455,15 +458,8 @@ def plan_forward(blocks, heads, sms, head_dim=128, block_sizes=0, schedule=False
 )
 def test_boxes_of_a_cube_and_of_a_quarter_of_it(cube, boxes):
     """By the side that is a quarter: time, height, width. None of sides below four."""
-    C = _extension.load()
     like = torch.zeros(1, 5 * 6 * 7, 2, 64, dtype=torch.bfloat16)
-    grid, tensor = C.CubeGrid(video_shape=(5, 6, 7), cube=cube), _kernels._tokens(like)
-    gate, _ = _kernels._gate(None, 1.0)
-    plan = C.plan_fine_forward(
-        query=tensor, key=tensor, value=tensor, out=tensor, out_fine=tensor, store_out_fine=False,
-        q_grid=grid, kv_grid=grid, coarse_grid=grid, schedule=C.Schedule(), block_sizes=0, q_block_sizes=0,
-        lse=BASE, coarse=0, gate_fine=gate, gate_coarse=gate, scale=0.125, num_sms=NUM_SMS,
-    )  # fmt: skip
+    plan = plan_self_attention(like, host_grid((5, 6, 7), cube), _extension.load().Schedule())
     assert len(plan.maps) == 1 + 2 * 4 and plan.maps[0].box == boxes[0]
     for first in (1, 5):
         for found, box in zip(plan.maps[first:], boxes, strict=False):

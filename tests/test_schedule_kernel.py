@@ -286,9 +286,10 @@ def schedule_arguments(kernel="fine_forward", head_dim=128, like="lists", **chan
         arguments["max_blocks"] = 33
     else:
         arguments |= {"offsets": BASE, "compressed_entries": BASE, "entries_per_head": 101}
-    memory = {name: changes.pop(name, BASE) for name in ("stages", "stage_counts")}
+    memory = {name: changes.pop(name, BASE) for name in ("stages", "stage_counts", "thin")}
     arguments = C.ScheduleArguments(**(arguments | changes))
-    arguments.stages, arguments.stage_counts = memory["stages"], memory["stage_counts"]
+    for name, address in memory.items():
+        setattr(arguments, name, address)
     return arguments
 
 
@@ -319,6 +320,18 @@ def test_schedule_plan_of_a_tail_group():
     assert schedule_arguments(head_dim=64, grid=grid).num_tasks == 5 * 6
 
 
+def test_thin_cubes_are_like_others_where_a_stage_cannot_name_their_rows():
+    """2^29 rows."""
+    listed = _extension.load().CubeGrid(video_shape=(1, 1, 64 * 80 + 1), cube=(1, 1, 64))
+    rows = 3 * (1 // 4 + 2)  # of a task: three sets of lists, one thin cube
+    arguments = schedule_arguments(listed_grid=listed)
+    assert arguments.num_thin == arguments.num_tasks * rows
+    for batch in ((1 << 29) // (18 * rows), (1 << 29) // (18 * rows) + 1):
+        arguments = schedule_arguments(listed_grid=listed, batch=batch)
+        assert arguments.num_tasks == 18 * batch
+        assert arguments.num_thin == (18 * batch * rows if 18 * batch * rows < 1 << 29 else 0)
+
+
 def strided(address=BASE, strides=(36, 12, 1)):
     return _extension.load().StridedTensor(address=address, strides=list(strides))
 
@@ -337,6 +350,8 @@ def strided(address=BASE, strides=(36, 12, 1)):
         ),
         ({"stages": 0}, "stages, counts: got a null pointer"),
         ({"stage_counts": 0}, "stages, counts: got a null pointer"),
+        ({"thin": 0, "listed_grid": (1, 1, 64 * 80 + 1)}, "thin: got a null pointer, expected device memory"),
+        ({"num_sms": 0}, "num_sms: got 0, expected at least 1"),
         ({"kernel": "fine_backward"}, "got fine_backward, expected fine_forward, fine_backward_kv, f"),
         ({"counts": (0, ())}, "kv_num_blocks: got no tensor of 3 dimensions"),
         ({"counts": (BASE, (12, 1))}, "kv_num_blocks: got no tensor of 3 dimensions"),
@@ -346,6 +361,9 @@ def strided(address=BASE, strides=(36, 12, 1)):
     ],
 )
 def test_schedule_plan_errors(changes, message):
+    if "listed_grid" in changes:
+        grid = _extension.load().CubeGrid(video_shape=changes["listed_grid"], cube=(1, 1, 64))
+        changes = changes | {"listed_grid": grid}
     changes = {name: strided(*x) if isinstance(x, tuple) else x for name, x in changes.items()}
     with pytest.raises(ValueError, match=message):
         _extension.load().plan_schedule(schedule_arguments(**changes))
