@@ -231,6 +231,29 @@ def test_order_of_stages(kernel, head_dim, make):
 
 
 @over_kernels
+@pytest.mark.parametrize("blocks", [1 << 14, (1 << 14) + 1])
+def test_the_most_blocks_that_have_marks_and_more(kernel, head_dim, blocks, make, seed):
+    """Lists that begin, overlap and end anywhere, the last block in some."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randperm(blocks, generator=g)[:60].tolist()
+    rows = [
+        sorted({*common[i : i + 40], *torch.randint(blocks, (10 * i,), generator=g).tolist()})
+        + [blocks - 1] * (i % 2 and blocks - 1 not in common)
+        for i in range(6)
+    ]
+    rows = [sorted({*row}) for row in rows]
+    problem = Problem(kernel, head_dim, CubeGrid((24, 1, 1)), CubeGrid.linear(64 * blocks), [[rows]])
+    check(problem, *problem.made(make))
+
+
+@pytest.mark.parametrize(("blocks", "marked"), [(1, 1), (32, 1), (33, 2), (1 << 14, 512), ((1 << 14) + 1, 0)])
+def test_marks_of_a_plan(blocks, marked):
+    listed = _extension.load().CubeGrid(video_shape=(1, 1, 64 * blocks), cube=(1, 1, 64))
+    plan = _extension.load().plan_schedule(schedule_arguments(head_dim=64, listed_grid=listed))
+    assert plan.shared_bytes == 4 * 3 * 4 * marked <= 28 * 1024  # eight CTAs of an SM
+
+
+@over_kernels
 def test_stages_name_blocks_that_exist(kernel, head_dim, make, seed):
     """Whatever the lists say: kernels read memory there."""
     problem = new_problem(kernel, head_dim, "random", seed, CubeGrid(GRIDS[0]), ragged=True)
@@ -312,7 +335,7 @@ def test_schedule_plans(kernel, head_dim, like):
     assert plan.kernel == f"schedule_{'pairs' if size == 2 else 'singles'}_of_{consumers}"
     assert plan.kernel in _extension.load().kernel_names()
     assert plan.grid == (ceil_div(arguments.num_tasks, 4), 1, 1) and plan.block == (4 * 32, 1, 1)
-    assert not plan.maps and plan.shared_bytes == 0
+    assert not plan.maps and plan.shared_bytes == 4 * consumers * 12  # 80 bits a list in each of 4 warps
 
 
 def test_schedule_plan_of_a_tail_group():

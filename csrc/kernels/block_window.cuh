@@ -1,4 +1,4 @@
-// Several ascending block lists read together, 32 entries of each at a time, one a lane.
+// Several block lists read together, 32 entries of each at a time, one a lane.
 #pragma once
 
 #include "tiles/common.cuh"
@@ -8,11 +8,28 @@ namespace vsa {
 template <int kLists>
 class BlockWindow {
  public:
-  // A list of `count` blocks from `first` on.
+  // A list of `count` blocks from `first` on, ascending.
   VSA_DEVICE void start(int list, const int32_t* first, int count) {
     first_[list] = first;
     count_[list] = count;
     position_ = 0;
+  }
+
+  // After all lists have started: a bit for each of their blocks in `marks` [kLists][words], shared memory of
+  // this warp, which spares the search for them. Not what is no block: it is in no list but its own then.
+  VSA_DEVICE void mark(uint32_t* marks, int words) {
+    marks_ = marks;
+    words_ = words;
+    for (int i = lane_id(); i < kLists * words; i += kWarpThreads) marks[i] = 0;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kLists; j++) {
+      for (int i = lane_id(); i < count_[j]; i += kWarpThreads) {
+        uint32_t block = __ldg(first_[j] + i);
+        if (block / 32 < words) atomicOr(marks + j * words + block / 32, 1u << block % 32);
+      }
+    }
+    __syncwarp();
   }
 
   // The next 32 entries of each list and the sets of lists that hold them, a bit a list. A set is 0 beyond
@@ -42,8 +59,14 @@ class BlockWindow {
   }
 
  private:
-  // By halving; the number of steps is the same in all lanes.
   VSA_DEVICE bool contains(int list, int block) const {
+    if (!marks_) return search(list, block);
+    uint32_t word = uint32_t(block) / 32;
+    return word < words_ && marks_[list * words_ + word] >> uint32_t(block) % 32 & 1;
+  }
+
+  // By halving; the number of steps is the same in all lanes.
+  VSA_DEVICE bool search(int list, int block) const {
     const int32_t* first = first_[list];
     int count = count_[list];
     if (count == 0) return false;
@@ -59,6 +82,8 @@ class BlockWindow {
   const int32_t* first_[kLists];
   int count_[kLists];
   int position_ = 0;  // of all lists
+  const uint32_t* marks_ = nullptr;
+  int words_ = 0;
 };
 
 }  // namespace vsa

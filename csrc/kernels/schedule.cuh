@@ -1,8 +1,8 @@
 // Makes the schedule of a fine kernel: for every task, its blocks' lists cut into stages of one or two blocks
 // that the same consumers chose.
 //
-// A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members by
-// search in the other lists. Pairs that several consumers chose come first, then those of one alone, in
+// A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members in
+// the other lists. Pairs that several consumers chose come first, then those of one alone, in
 // turns, so that no consumer waits long for its next. A block without a partner waits for the next entries;
 // at the end it goes to each of its lists alone, which pairs what it got.
 #pragma once
@@ -127,12 +127,13 @@ struct ThinScheduler {
 template <int kLists>
 struct PairScheduler {
   static constexpr uint32_t kSets = 1u << kLists;
+  static_assert(kLists * kSets <= kWarpThreads);
 
   const StageWriter& writer;
   ThinScheduler<kLists, 2>& thin;
-  int stages = 0;           // written
-  int waiting[kSets] = {};  // the block without a partner of each set
-  uint32_t waits = 0;       // a bit for each set that has one
+  int stages = 0;      // written
+  int waiting = 0;     // lane s: the block without a partner of set s
+  uint32_t waits = 0;  // a bit for each set that has one
 
   // All pairs of the next 32 entries of each list and of what waits from before.
   VSA_DEVICE void take(BlockWindow<kLists>& window) {
@@ -152,45 +153,60 @@ struct PairScheduler {
 #pragma unroll
     for (int i = 0; i < kLists; i++) total += pairs[1u << i];
 
-#pragma unroll kSets
-    for (uint32_t s = 1; s < kSets; s++) {
-      auto stage_of = [&pairs, &begin, begin_own, s](int pair) {
-        if (several(s)) return begin[s] + pair;
-        int stage = begin_own;
+    // Of the block that waits in this lane, and of the lane's entry of each list.
+    int waiting_stage = -1, next_waiting = waiting;
 #pragma unroll
-        for (int i = 0; i < kLists; i++) stage += min(pairs[1u << i], pair + (i < lowest(s)));
-        return stage;
-      };
-      int before = waits >> s & 1;
-      int rank = before + __popc(lanes[s] & ((1u << lane_id()) - 1));
-      bool mine = set[lowest(s)] == s;
-      if (before && pairs[s] > 0 && lane_id() == 0) writer.put(stage_of(0), 0, waiting[s], s);
-      if (mine && rank / 2 < pairs[s]) writer.put(stage_of(rank / 2), rank % 2, block[lowest(s)], s);
-      bool left = (__popc(lanes[s]) + before) % 2;
-      if (left && lanes[s]) waiting[s] = __shfl_sync(0xffffffffu, block[lowest(s)], 31 - __clz(lanes[s]));
-      waits = (waits & ~(1u << s)) | uint32_t(left) << s;
+    for (int i = 0; i < kLists; i++) {
+      int stage = -1, half = 0;
+#pragma unroll
+      for (uint32_t s = 1; s < kSets; s++) {
+        if (lowest(s) != i) continue;
+        auto stage_of = [&pairs, &begin, begin_own, s](int pair) {
+          if (several(s)) return begin[s] + pair;
+          int result = begin_own;
+#pragma unroll
+          for (int k = 0; k < kLists; k++) result += min(pairs[1u << k], pair + (k < lowest(s)));
+          return result;
+        };
+        int before = waits >> s & 1;
+        int rank = before + __popc(lanes[s] & ((1u << lane_id()) - 1));
+        if (set[i] == s && rank / 2 < pairs[s]) {
+          stage = stage_of(rank / 2);
+          half = rank % 2;
+        }
+        if (lane_id() == s && before && pairs[s] > 0) waiting_stage = stage_of(0);
+        bool left = (__popc(lanes[s]) + before) % 2;
+        if (left && lanes[s]) {
+          int last = __shfl_sync(0xffffffffu, block[i], 31 - __clz(lanes[s]));
+          if (lane_id() == s) next_waiting = last;
+        }
+        waits = (waits & ~(1u << s)) | uint32_t(left) << s;
+      }
+      if (stage >= 0) writer.put(stage, half, block[i], set[i]);
     }
+    if (waiting_stage >= 0) writer.put(waiting_stage, 0, waiting, lane_id());
+    waiting = next_waiting;
     stages = total;
   }
 
-  // When the lists have ended.
+  // When the lists have ended. A lane for each list and set.
   VSA_DEVICE void take_rest() {
+    int list = lane_id() / kSets, set = lane_id() % kSets;
+    bool mine = list < kLists && set >> list & 1 && waits >> set & 1;
+    uint32_t left = __ballot_sync(0xffffffffu, mine);
+    int block = __shfl_sync(0xffffffffu, waiting, set), begin = stages;
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
-      int left = 0;  // stands alone in its stage so far
-#pragma unroll
-      for (uint32_t s = 1; s < kSets; s++) {
-        if (!(s >> i & 1) || !(waits >> s & 1)) continue;
-        if (lane_id() == 0) {
-          if (left % 2 == 0) {
-            writer.put_alone(stages + left / 2, waiting[s], 1u << i);
-          } else {
-            writer.put(stages + left / 2, 1, waiting[s], 1u << i);
-          }
-        }
-        left++;
-      }
-      stages += (left + 1) / 2;
+      int made = (__popc(left >> i * kSets & ((1u << kSets) - 1)) + 1) / 2;
+      if (i < list) begin += made;
+      stages += made;
+    }
+    if (mine) {
+      uint32_t of_list = left >> list * kSets & ((1u << kSets) - 1);
+      int rank = __popc(of_list & ((1u << set) - 1));
+      bool alone = rank % 2 == 0 && rank + 1 == __popc(of_list);
+      writer.put(begin + rank / 2, rank % 2, block, 1u << list);
+      if (alone) writer.put(begin + rank / 2, 1, block, 1u << list, kStagePadded | kStagePartial);
     }
     stages = thin.take_rest(stages);
   }
@@ -251,6 +267,10 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
       count = params.lists.count(task.batch, task.head, block);
     }
     window.start(i, list, exists ? count : 0);
+  }
+  if (params.mark_words) {
+    extern __shared__ uint32_t marks[];
+    window.mark(marks + warp_id() * kConsumers * params.mark_words, params.mark_words);
   }
   std::conditional_t<kBlocks == 2, PairScheduler<kConsumers>, SingleScheduler<kConsumers>> scheduler{writer,
                                                                                                      thin};

@@ -22,8 +22,15 @@ struct ScheduleParams {
   int32_t heads;
   int32_t groups;  // of cubes in a head
   int32_t num_tasks;
+  int32_t mark_words;  // of 32 listed blocks, a list; 0: of too many
 };
 
 constexpr int kScheduleWarps = 4;  // of a CTA; a task each
+// Most listed blocks that have marks in shared memory: a bit each for each list of a warp.
+constexpr int kMarkedBlocks = 1 << 14;
+constexpr int schedule_mark_words(int blocks) { return blocks <= kMarkedBlocks ? ceil_div(blocks, 32) : 0; }
+constexpr int schedule_shared_bytes(int lists, int blocks) {
+  return kScheduleWarps * lists * schedule_mark_words(blocks) * int(sizeof(uint32_t));
+}
 
 }  // namespace vsa

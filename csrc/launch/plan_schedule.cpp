@@ -157,7 +157,10 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.groups = int32_t(head_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
 
+  params.mark_words = schedule_mark_words(arguments.listed_grid.num_cubes());
+
   LaunchPlan plan;
+  plan.shared_bytes = uint32_t(schedule_shared_bytes(consumers, arguments.listed_grid.num_cubes()));
   plan.kernel = text(stage_blocks == 2 ? "schedule_pairs_of_" : "schedule_singles_of_", consumers);
   plan.set_params(params);
   plan.grid[0] = uint32_t(ceil_div(params.num_tasks, kScheduleWarps));
