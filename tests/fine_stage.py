@@ -84,13 +84,17 @@ def backward(
     )  # fmt: skip
 
 
-TWO_PASSES, FUSED, BOTH = (True, False), (False, True), (True, True)
+TWO_PASSES, FUSED = (_kernels.TWO_PASSES,), (_kernels.FUSED,)
+BOTH = TWO_PASSES + FUSED
+LISTED_OR_DENSE = (_kernels.TWO_PASSES, _kernels.DENSE_QUERY_PASS)
 
 
-def fine_passes(case, with_lists=True):
-    """What runs with deterministic=False: TWO_PASSES, FUSED, or BOTH, of which the device chooses one."""
+def fine_passes(case, with_lists=True, deterministic=False):
+    """What runs; where it is more than one way, the device chooses one."""
     lists = case.kv_indices if with_lists else None
-    return _kernels._passes(case.head_dim, case.q_grid, case.kv_grid, lists)
+    return _kernels._ways(
+        case.head_dim, case.q_grid, case.kv_grid, lists, case.block_sizes, deterministic
+    )  # fmt: skip
 
 
 def exact_backward(case, grad_out, grad_lse=None, pooled=(None, None, None), pooled_grids=None):

@@ -218,8 +218,11 @@ def test_tiles_that_several_cubes_need_are_loaded_once(head_dim, seed):
     check_fine_backward(functools.partial(run_simulated, seed=seed, devices=devices), case)
     two_passes, chosen = (x for x in devices if any("fine_backward" in kernel for kernel in x.kernels))
     panels = head_dim // 64
-    # One task of two cubes: Q and dO, then K and V.
-    assert two_passes.report("fine_backward_q").async_copies == 2 * 2 * panels + 4 * 2 * panels
+    # One task of two cubes: Q and dO, then K and V. At head_dim 64 two kernels look at the lists.
+    launched = zip(two_passes.kernels, two_passes.reports, strict=True)
+    query_passes = [report for kernel, report in launched if kernel.startswith("fine_backward_q")]
+    copies = sorted(report.async_copies for report in query_passes)
+    assert copies == [0] * (head_dim == 64) + [2 * 2 * panels + 4 * 2 * panels]
     # Two tasks of two cubes: K and V, then Q and dO with the rows' terms.
     keys_pass = 2 * (2 * 2 * panels + 2 * (2 * panels + 1))
     assert two_passes.report("fine_backward_kv").async_copies == keys_pass

@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from fine_stage import BOTH, FUSED, TWO_PASSES
+from fine_stage import BOTH, FUSED, LISTED_OR_DENSE, TWO_PASSES
 from host_plans import BASE, SHARED_LIMIT, fine_backward_arguments, recorded_plans, stems
 from vsa_cuda import _extension, _kernels
 from vsa_cuda.geometry import CubeGrid
@@ -19,6 +19,7 @@ KERNELS_OF = {
     FUSED: ["start_grad_query", "fine_backward_fused", "finish_grad_query"],
 }
 KERNELS_OF[BOTH] = KERNELS_OF[TWO_PASSES] + KERNELS_OF[FUSED]
+KERNELS_OF[LISTED_OR_DENSE] = ["fine_backward_q", "fine_backward_q_dense", "fine_backward_kv"]
 PLANNED = [f"plan_{kernel}" for kernel in KERNELS_OF[BOTH]]
 
 
@@ -48,7 +49,13 @@ def test_structure(head_dim, q_blocks, kv_blocks, width, expected):
     """`width` of the lists; None: there are none."""
     grids = [CubeGrid.linear(64 * blocks) for blocks in (q_blocks, kv_blocks)]
     lists = None if width is None else torch.empty(1, 3, q_blocks, width, device="meta")
-    assert _kernels._passes(head_dim, *grids, lists) == expected
+    assert _kernels._ways(head_dim, *grids, lists, None, False) == expected
+    deterministic = {FUSED: TWO_PASSES, BOTH: TWO_PASSES}.get(expected, expected)
+    if head_dim == 64 and width is not None and width >= kv_blocks:
+        deterministic = LISTED_OR_DENSE
+    assert _kernels._ways(head_dim, *grids, lists, None, True) == deterministic
+    sizes = torch.empty(kv_blocks, device="meta")
+    assert _kernels._ways(head_dim, *grids, lists, sizes, True) == TWO_PASSES
 
 
 def launched(head_dim, q_blocks, kv_blocks, width, deterministic, dtype=torch.bfloat16, heads=2):
@@ -87,7 +94,12 @@ def launched(head_dim, q_blocks, kv_blocks, width, deterministic, dtype=torch.bf
 def test_launched_kernels(head_dim, q_blocks, kv_blocks, width, structure, deterministic):
     """In this order; schedules only of passes that take lists."""
     plans, gradients = launched(head_dim, q_blocks, kv_blocks, width, deterministic)
-    assert stems(plans) == KERNELS_OF[TWO_PASSES if deterministic else structure]
+    if deterministic:
+        structure = LISTED_OR_DENSE if head_dim == 64 and width == kv_blocks else TWO_PASSES
+    kernels = KERNELS_OF[structure]
+    if deterministic and head_dim == 64 and width is None:
+        kernels = ["fine_backward_q_dense", "fine_backward_kv"]
+    assert stems(plans) == kernels
     assert all(plan.kernel in _extension.load().kernel_names() for plan in plans)
     assert [x.shape[1] for x in gradients] == [64 * q_blocks, 64 * kv_blocks, 64 * kv_blocks]
 
@@ -124,19 +136,50 @@ def test_fine_backward_plans(head_dim, dtype):
     plans = backward_plans(head_dim=head_dim, dtype=dtype)
     suffix = f"_d{head_dim}_{'bf16' if dtype == 'bfloat16' else 'fp16'}"
     names = [kernel + suffix for kernel in KERNELS_OF[BOTH]]
+    if head_dim == 64:
+        names[0] = f"fine_backward_q_dense{suffix}"
     names[2] = f"start_grad_query_d{head_dim}"  # its tensors are fp32
     assert [plan.kernel for plan in plans] == names
     assert set(names) <= set(_extension.load().kernel_names())
     query_pass, key_pass, first, fused, last = plans
     for plan in (query_pass, key_pass, fused):
-        assert plan.grid == (12 // 2 * 6, 1, 1)  # 12 cubes in pairs, 3 heads, batch 2
+        assert plan.grid == (12 // 2 * 6, 1, 1)  # 12 cubes, two a task, 3 heads, batch 2
         assert plan.block == (128 * 3, 1, 1) and len(plan.maps) == 10
         assert 0 < plan.shared_bytes <= SHARED_LIMIT
     for plan in (first, last):
         assert plan.grid == (12 * 6, 1, 1) and plan.block == (128, 1, 1)
         assert plan.shared_bytes == 0 and not plan.maps
-    assert all(plan.cluster == (1, 1, 1) for plan in plans)
+    assert [plan.cluster[0] for plan in plans] == [1 + ("dense" in plan.kernel) for plan in plans]
     assert len({len(plan.params) for plan in plans}) == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads", "sms", "changes", "ctas"),
+    [
+        (2, 300, 132, {}, None),  # one task a head has no neighbour
+        (4, 1, 132, {}, 2),
+        (3, 1, 2, {}, 2),
+        (5, 44, 132, {}, None),  # 132 groups at once, or 88 pairs at 66 at a time
+        (5, 60, 132, {}, 132),  # 180 groups, or 120 pairs: two rounds of either
+        (5, 132 * 8, 132, {}, None),  # 24 rounds, or 32 of pairs
+        (21, 132, 132, {}, None),  # 11 rounds, or 12 of pairs, which are shorter, but not by so much
+        (25, 132, 132, {}, 132),  # 13 rounds, or 14 of pairs
+        (8, 3, 1, {}, None),
+        (8, 3, 5, {}, 4),
+        (8, 3, 132, {"head_dim": 128}, None),
+        (8, 3, 132, {"block_sizes": BASE}, None),
+        (8, 3, 132, {"q_block_sizes": BASE}, 12),
+    ],
+)
+def test_when_ctas_of_the_query_pass_pair(blocks, heads, sms, changes, ctas):
+    """`ctas` of them, or None."""
+    changes = {"head_dim": 64, "heads": heads, "batch": 1, "num_sms": sms} | changes
+    (plan,) = backward_plans((1, 1, 64 * blocks), (1, 1, 64), only=["plan_fine_backward_q"], **changes)
+    if ctas is None:
+        assert stems([plan]) == ["fine_backward_q"] and plan.cluster == (1, 1, 1)
+    else:
+        assert stems([plan]) == ["fine_backward_q_dense"] and plan.cluster == (2, 1, 1)
+        assert plan.grid == (ctas, 1, 1)
 
 
 @pytest.mark.parametrize("only", PLANNED[2:])
@@ -154,8 +197,8 @@ def test_a_plan_passes_the_choice_on(only):
     address = 0x123456789ABC00
     changes = {"kv_grid": grid, "pooled_kv_grid": grid, "choose_by": address}
     (plan,) = backward_plans(only=[only], **changes)
-    fused = only.removeprefix("plan_") in KERNELS_OF[FUSED]
-    choice = struct.pack("Qqii?", address + 4 * 6, 6 + 1, 2 * 3, 12 * 6, fused)
+    if_all = only != "plan_fine_backward_kv"  # of query passes the one without a schedule
+    choice = struct.pack("Qqii?", address + 4 * 6, 6 + 1, 2 * 3, 12 * 6, if_all)
     assert choice in plan.params
     (without,) = backward_plans(only=[only], **(changes | {"choose_by": 0}))
     assert choice not in without.params and len(without.params) == len(plan.params)

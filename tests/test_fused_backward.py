@@ -319,7 +319,7 @@ def test_memory_of_the_backward(head_dim, width, fused, seed):
     if width is not None:
         index = [on_gpu(x) for x in (case.kv_num_blocks, case.kv_indices)]
         index += _kernels.transpose_index(*index, blocks)
-    assert fine_passes(case, width is not None)[1] == fused
+    assert (FUSED[0] in fine_passes(case, width is not None)) == fused
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -47,7 +47,7 @@ def test_backward_and_selection_keep_their_operands():
         if name.startswith(("fine_backward", "select")):
             assert overwritten_operands(code) == [], name
             checked += "HGMMA" in code
-    assert checked == 24
+    assert checked == 26
 
 
 def test_the_search_finds_an_overwritten_operand():

@@ -49,7 +49,8 @@ def launch_every_kernel(heads, head_dim, dtype):
     most_small = torch.zeros(1, 12, 512, head_dim, dtype=dtype)  # CTAs with the most rows
     _kernels.select(most_small, most_small, topk, scale)
     lists = counts, indices, *_kernels.transpose_index(counts, indices, 8)
-    for index, deterministic in ((lists, True), (lists, False), ((None,) * 4, False)):
+    nothing = (None,) * 4
+    for index, deterministic in ((lists, True), (lists, False), (nothing, False), (nothing, True)):
         _kernels.fine_backward(
             q, q, q, q, fine_lse, fine_lse, *index, None, None, None, None, None, *shapes, scale,
             deterministic,

@@ -5,6 +5,8 @@ Functions have the signatures of the ops in `ops.py`; tensors are [batch, tokens
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import _extension
@@ -326,7 +328,8 @@ def _differentiate(
     # Named, so that a packed copy and a schedule live until both launches are on the stream.
     lse, delta, *kept = (_packed(x) for x in (lse, delta, *transposed, *pooled))
     q_offsets, q_indices, dq_pooled, dk_pooled, dv_pooled = kept
-    two_passes, fused = (True, False) if deterministic else _passes(query.shape[3], q_grid, kv_grid, lists[1])
+    ways = _ways(query.shape[3], q_grid, kv_grid, lists[1], sizes[0], deterministic)
+    two_passes, fused = TWO_PASSES in ways, FUSED in ways
     key_pass = "fine_backward_kv" if two_passes else "fine_backward_fused"
     kv_schedule, _kept_kv = _schedule(
         key_pass, query, kv_grid, q_grid, sizes[1], compressed=(q_offsets, q_indices)
@@ -339,7 +342,8 @@ def _differentiate(
     # A block more than there are, for rows that count for nothing.
     row_terms = lse.new_empty((lse[..., 0].numel() + 1, 64, 8), dtype=torch.bfloat16)
     pooled_q_grid, pooled_kv_grid = pooled_grids or (q_grid, kv_grid)
-    arguments = C.FineBackwardArguments(
+    arguments_with = functools.partial(
+        C.FineBackwardArguments,
         query=_tokens(query),
         key=_tokens(key),
         value=_tokens(value),
@@ -350,7 +354,6 @@ def _differentiate(
         q_grid=q_grid,
         kv_grid=kv_grid,
         kv_schedule=kv_schedule,
-        q_schedule=q_schedule,
         block_sizes=_address(sizes[0]),
         q_block_sizes=_address(sizes[1]),
         lse=_address(lse),
@@ -359,7 +362,6 @@ def _differentiate(
         grad_query_sums=_address(grad_query_sums),
         # Where lists are shorter than all blocks, neighbours share few stages.
         adds_directly=lists[1] is not None and lists[1].shape[3] < kv_grid.num_cubes,
-        choose_by=_address(q_offsets) if two_passes and fused else 0,
         dq_pooled=_address(dq_pooled),
         dk_pooled=_address(dk_pooled),
         dv_pooled=_address(dv_pooled),
@@ -368,14 +370,21 @@ def _differentiate(
         scale=scale,
         num_sms=_extension.num_sms(query.device),
     )
+    look = _address(q_offsets) if len(ways) > 1 else 0
+    listed = arguments_with(q_schedule=q_schedule, choose_by=look)
     plans = []
     if two_passes:
-        plans += [C.plan_fine_backward_q(arguments), C.plan_fine_backward_kv(arguments)]
+        plans.append(C.plan_fine_backward_q(listed))
+        if DENSE_QUERY_PASS in ways:
+            plans.append(C.plan_fine_backward_q(arguments_with(q_schedule=C.Schedule(), choose_by=look)))
+        # It stays out of the way of the fused pass alone.
+        key_arguments = listed if fused else arguments_with(q_schedule=q_schedule, choose_by=0)
+        plans.append(C.plan_fine_backward_kv(key_arguments))
     if fused:
         plans += [
-            C.plan_start_grad_query(arguments),
-            C.plan_fine_backward_fused(arguments),
-            C.plan_finish_grad_query(arguments),
+            C.plan_start_grad_query(listed),
+            C.plan_fine_backward_fused(listed),
+            C.plan_finish_grad_query(listed),
         ]
     for plan in plans:
         _extension.launch(plan, query)
@@ -386,15 +395,27 @@ def _differentiate(
 _FUSED_LISTED_BYTES = 24 << 20
 
 
-def _passes(head_dim, q_grid, kv_grid, kv_indices):
-    """Which backward is the fastest: (two passes, fused pass); both where the device looks at the lists."""
+TWO_PASSES, DENSE_QUERY_PASS, FUSED = "two passes", "query pass over all blocks", "fused pass"
+
+
+def _ways(head_dim, q_grid, kv_grid, kv_indices, block_sizes, deterministic):
+    """The fastest way to the gradients; of two the device takes the second if the lists name every block.
+
+    DENSE_QUERY_PASS stands for TWO_PASSES with another query pass.
+    """
     if kv_indices is None:
-        return False, True
-    if head_dim == 64 and q_grid.num_cubes * 64 * head_dim * (2 + 2 + 4) <= _FUSED_LISTED_BYTES:
-        return False, True
+        return (TWO_PASSES,) if deterministic else (FUSED,)
+    if not deterministic and head_dim == 64:
+        if q_grid.num_cubes * 64 * head_dim * (2 + 2 + 4) <= _FUSED_LISTED_BYTES:
+            return (FUSED,)
     # An index with room for every block may hold every block.
     pairs = q_grid.num_cubes * kv_grid.num_cubes
-    return True, kv_indices.shape[3] >= kv_grid.num_cubes and pairs < 2**31
+    if kv_indices.shape[3] < kv_grid.num_cubes or pairs >= 2**31:
+        return (TWO_PASSES,)
+    if not deterministic:
+        return TWO_PASSES, FUSED
+    # CTAs do not pair at head_dim 128, nor with block_sizes.
+    return (TWO_PASSES, DENSE_QUERY_PASS) if head_dim == 64 and block_sizes is None else (TWO_PASSES,)
 
 
 def coarse_backward(grad_coarse, query_pooled, key_pooled, value_pooled, out_coarse, lse_coarse, scale):

@@ -28,9 +28,9 @@ struct NothingOwn {
 };
 
 // Extra: beside a tile of the first ring. Own: shared memory of the pass, with init(thread) for threads 0
-// to 63. kListed: it takes lists.
+// to 63. kListed: it takes lists. kPaired: in clusters of two CTAs, without lists and block_sizes.
 template <int kHeadDim_, class T_, int kStageBlocks_, BackwardStages kStages_, class Extra, class Own,
-          bool kListed_ = true>
+          bool kListed_ = true, bool kPaired_ = false>
 struct FineBackward {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -38,14 +38,14 @@ struct FineBackward {
   static constexpr int kStageBlocks = kStageBlocks_;
   static constexpr int kStageTokens = kStageBlocks * kCubeTokens;
   static constexpr BackwardStages kStages = kStages_;
-  static constexpr bool kListed = kListed_;
+  static constexpr bool kListed = kListed_, kPaired = kPaired_;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;  // with the producers' 504 of a lane of each warpgroup
 
   using Tile = SharedTile<T, kCubeTokens, kHeadDim>;
   using StageTile = SharedTile<T, kStageTokens, kHeadDim>;
-  using FirstRing = TileRing<StageTile, kStages.first, kConsumers, Extra>;
-  using SecondRing = TileRing<StageTile, kStages.second, kConsumers>;
+  using FirstRing = TileRing<StageTile, kStages.first, kConsumers, Extra, kPaired>;
+  using SecondRing = TileRing<StageTile, kStages.second, kConsumers, Nothing, kPaired>;
   using Run = StageRun<kStageBlocks, kListed>;
   struct Resident {
     Tile first, second;
@@ -149,8 +149,9 @@ VSA_DEVICE void fine_backward_fill(Ring& ring, TaskQueue& queue, const FineBackw
     auto load_stage = [&task, &run, &load](const Stage& stage, int slot, Barrier& full) {
       load(task, run, stage, slot, full);
     };
-    producer.fill(run, run.blocks.sizes, load_stage);
+    producer.fill(run, !Kernel::kPaired && run.blocks.sizes, load_stage);
   }
+  if constexpr (Kernel::kPaired) producer.drain();
 }
 
 // Registers kBegin to kEnd - 1 of `scores` become exp2(scale * scores + shift), a shift a row.
@@ -281,7 +282,7 @@ VSA_DEVICE void fine_backward_attend(FineBackwardConsumer<Kernel>& self, const N
   shared.resident_full[self.consumer].wait(next.phase);
   if (__any_sync(0xffffffffu, exists)) self.pass.enter(self, position);
   bool ended = true;
-  if constexpr (Kernel::kListed) {
+  if constexpr (Kernel::kListed || Kernel::kStageBlocks > 1) {
     ended = walk_stages<Kernel::kConsumers>(self, run, window, position, Kernel::mark);
   } else {
     walk_all_stages<Kernel::kConsumers>(self, run, task, position);
@@ -328,7 +329,11 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
     shared.own.init(threadIdx.x);
     fence_barrier_init();
   }
-  __syncthreads();
+  if constexpr (Kernel::kPaired) {
+    cluster_sync();  // before an arrival or bytes of the peer at a barrier that is none yet
+  } else {
+    __syncthreads();
+  }
 
   int warpgroup = warpgroup_id();
   if (warpgroup == Kernel::kConsumers) {
@@ -347,6 +352,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
     register_increase<Kernel::kConsumerRegisters>();
     fine_backward_consume<Kernel>(shared, params, warpgroup);
   }
+  if constexpr (Kernel::kPaired) cluster_sync();  // the peer may still load into this CTA's tiles
 }
 
 }  // namespace vsa

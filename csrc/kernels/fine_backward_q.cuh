@@ -103,11 +103,11 @@ struct FineBackwardQMaps {
   CUtensorMap grad_out;
 };
 
-template <int kHeadDim, class T>
+template <int kHeadDim, class T, bool kPaired = false>
 struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim),
-                                    ValidMasks, NothingOwn> {
+                                    ValidMasks, NothingOwn, !kPaired, kPaired> {
   using Base = FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_backward_q_stages(kHeadDim), ValidMasks,
-                            NothingOwn>;
+                            NothingOwn, !kPaired, kPaired>;
   using Maps = FineBackwardQMaps;
   using Pass = FineBackwardQPass<FineBackwardQ>;
   using typename Base::Shared;
@@ -133,8 +133,8 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
                                           int slot, Barrier& full) {
       if (is_partial(stage)) run.valid_masks(shared.first.extras[slot].blocks, stage);
       full.arrive_expect(Base::StageTile::kBytes);
-      load_listed<kBackwardQStageBlocks>(shared.first.tiles[slot], maps.key, params.key, task, run, stage,
-                                         full);
+      load_listed<kBackwardQStageBlocks, kPaired>(shared.first.tiles[slot], maps.key, params.key, task, run,
+                                                  stage, full);
     };
     fine_backward_fill<FineBackwardQ, true>(shared.first, shared.queue, params, load);
   }
@@ -142,8 +142,8 @@ struct FineBackwardQ : FineBackward<kHeadDim, T, kBackwardQStageBlocks, fine_bac
     auto load = [&shared, &maps, &params](const Task& task, const typename Base::Run& run, const Stage& stage,
                                           int slot, Barrier& full) {
       full.arrive_expect(Base::StageTile::kBytes);
-      load_listed<kBackwardQStageBlocks>(shared.second.tiles[slot], maps.value, params.value, task, run,
-                                         stage, full);
+      load_listed<kBackwardQStageBlocks, kPaired>(shared.second.tiles[slot], maps.value, params.value, task,
+                                                  run, stage, full);
     };
     fine_backward_fill<FineBackwardQ, false>(shared.second, shared.queue, params, load);
   }

@@ -105,18 +105,6 @@ VSA_DEVICE void fine_forward_load_queries(typename Kernel::Shared& shared, const
   }
 }
 
-// One thread.
-template <class Kernel>
-VSA_DEVICE void fine_forward_load_stage(typename Kernel::Tile& tile, const ListedMaps& maps,
-                                        const CubeCoordinates& at, const Task& task,
-                                        const typename Kernel::Run& run, const Stage& stage, Barrier& full) {
-  if constexpr (Kernel::kPaired) {
-    load_blocks<kForwardStageBlocks, true>(tile, maps.cube, at, run.blocks.grid, task, stage, full);
-  } else {
-    load_listed<kForwardStageBlocks>(tile, maps, at, task, run, stage, full);
-  }
-}
-
 // The warp that loads keys and says which of them are real.
 template <class Kernel>
 VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, TaskQueue& queue,
@@ -129,7 +117,8 @@ VSA_DEVICE void fine_forward_load_keys(typename Kernel::KeyRing& ring, TaskQueue
     auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
       if (is_partial(stage)) run.valid_masks(ring.extras[slot].blocks, stage);
       full.arrive_expect(Kernel::Tile::kBytes);
-      fine_forward_load_stage<Kernel>(ring.tiles[slot], maps.key, params.key, task, run, stage, full);
+      load_listed<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.key, params.key, task, run,
+                                                        stage, full);
     };
     producer.fill(run, false, load);
   }
@@ -147,7 +136,8 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, TaskQ
     typename Kernel::Run run = fine_forward_run<Kernel>(params, task, index);
     auto load = [&ring, &maps, &params, &task, &run](const Stage& stage, int slot, Barrier& full) {
       full.arrive_expect(Kernel::Tile::kBytes);
-      fine_forward_load_stage<Kernel>(ring.tiles[slot], maps.value, params.value, task, run, stage, full);
+      load_listed<kForwardStageBlocks, Kernel::kPaired>(ring.tiles[slot], maps.value, params.value, task, run,
+                                                        stage, full);
     };
     bool clears = !Kernel::kPaired && params.block_sizes;
     producer.fill(run, clears, load);

@@ -197,8 +197,8 @@ struct ListedMaps {
   CUtensorMap cube, thin[3];
 };
 
-// One thread: a stage's blocks, or its thin cubes one after the other.
-template <int kBlocks, class Tile, class Run>
+// One thread: a stage's blocks, or its thin cubes one after the other. kPaired: as load_blocks.
+template <int kBlocks, bool kPaired = false, class Tile, class Run>
 VSA_DEVICE void load_listed(Tile& tile, const ListedMaps& maps, const CubeCoordinates& at, const Task& task,
                             const Run& run, const Stage& stage, Barrier& full) {
   const CubeGrid& grid = run.blocks.grid;
@@ -220,7 +220,7 @@ VSA_DEVICE void load_listed(Tile& tile, const ListedMaps& maps, const CubeCoordi
       return;
     }
   }
-  load_blocks<kBlocks>(tile, maps.cube, at, grid, task, stage, full);
+  load_blocks<kBlocks, kPaired>(tile, maps.cube, at, grid, task, stage, full);
 }
 
 // A stage that a consumer is a member of.

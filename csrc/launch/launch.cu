@@ -42,6 +42,8 @@ __global__ void fine_backward_q_d64_bf16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d64_fp16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d128_bf16(FineBackwardQMaps, FineBackwardParams);
 __global__ void fine_backward_q_d128_fp16(FineBackwardQMaps, FineBackwardParams);
+__global__ void fine_backward_q_dense_d64_bf16(FineBackwardQMaps, FineBackwardParams);
+__global__ void fine_backward_q_dense_d64_fp16(FineBackwardQMaps, FineBackwardParams);
 __global__ void finish_grad_query_d64_bf16(FineBackwardParams);
 __global__ void finish_grad_query_d64_fp16(FineBackwardParams);
 __global__ void finish_grad_query_d128_bf16(FineBackwardParams);
@@ -102,6 +104,8 @@ const Kernels& kernels() {
       {"fine_backward_q_d64_fp16", reinterpret_cast<const void*>(fine_backward_q_d64_fp16)},
       {"fine_backward_q_d128_bf16", reinterpret_cast<const void*>(fine_backward_q_d128_bf16)},
       {"fine_backward_q_d128_fp16", reinterpret_cast<const void*>(fine_backward_q_d128_fp16)},
+      {"fine_backward_q_dense_d64_bf16", reinterpret_cast<const void*>(fine_backward_q_dense_d64_bf16)},
+      {"fine_backward_q_dense_d64_fp16", reinterpret_cast<const void*>(fine_backward_q_dense_d64_fp16)},
       {"finish_grad_query_d64_bf16", reinterpret_cast<const void*>(finish_grad_query_d64_bf16)},
       {"finish_grad_query_d64_fp16", reinterpret_cast<const void*>(finish_grad_query_d64_fp16)},
       {"finish_grad_query_d128_bf16", reinterpret_cast<const void*>(finish_grad_query_d128_bf16)},

@@ -200,4 +200,10 @@ void copy_strides(int64_t (&strides)[4], const StridedTensor& tensor, const char
   for (int i = 0; i < 4; i++) strides[i] = tensor.strides[i];
 }
 
+bool pays_in_pairs(int64_t rows, int64_t groups, int num_sms, double paired_time, double rounds) {
+  int64_t pairs = num_sms / 2;
+  if (groups == 1 || pairs == 0) return false;
+  return paired_time * double(ceil_div(rows * ceil_div(groups, 2), pairs)) < rounds;
+}
+
 }  // namespace vsa

@@ -105,4 +105,9 @@ uint32_t checked_grid(int64_t ctas, const char* kernel);
 // less.
 uint32_t equal_shares(int64_t items, int ctas_per_sm, int num_sms, const char* kernel);
 
+// Whether CTAs in pairs are done with `rows` heads of `groups` tasks before CTAs on their own, which take
+// `rounds`. A paired round takes `paired_time` of another one; where groups are odd, half of a head's last
+// pair has nothing to do.
+bool pays_in_pairs(int64_t rows, int64_t groups, int num_sms, double paired_time, double rounds);
+
 }  // namespace vsa

@@ -12,9 +12,9 @@ namespace vsa {
 namespace {
 
 // What all passes take. The maps come in the order of the kernels' map structs: query, key, value, grad_out.
-// `fused`: the fused pass or a kernel beside it.
+// `fused`: the fused pass or a kernel beside it. `if_all`: which side of the device's choice it is.
 FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& arguments, const char* kernel,
-                         bool fused) {
+                         bool fused, bool if_all) {
   const TokenTensor& query = arguments.query;
   check_same_heads(arguments.key, query, "key");
   check_same_heads(arguments.value, query, "value");
@@ -54,7 +54,7 @@ FineBackwardParams start(LaunchPlan& plan, const FineBackwardArguments& argument
     check_argument(all <= std::numeric_limits<int32_t>::max(), "q_offsets: got ", all,
                    " pairs of blocks, expected at most 2^31 - 1");
     params.choice = {pointer<const int32_t>(arguments.choose_by) + keys, keys + 1,
-                     int32_t(query.heads * query.batch), int32_t(all), fused};
+                     int32_t(query.heads * query.batch), int32_t(all), if_all};
   }
   return params;
 }
@@ -83,23 +83,33 @@ void set_pooled_grid(FineBackwardParams& params, const CubeGrid& pooled, const C
   params.pooled_on_own_grid = pooled == grid;
 }
 
+// Tasks of a head.
+int64_t groups_of(const FineBackwardArguments& arguments, const CubeGrid& grid) {
+  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  return ceil_div(grid.num_cubes(), kBackwardConsumers);
+}
+
 void set_shape(LaunchPlan& plan, FineBackwardParams& params, const FineBackwardArguments& arguments,
-               const CubeGrid& grid) {
-  params.groups = int32_t(ceil_div(grid.num_cubes(), kBackwardConsumers));
+               int64_t groups) {
+  params.groups = int32_t(groups);
   params.num_tasks = int32_t(
       checked_grid(params.groups * arguments.query.heads * arguments.query.batch, plan.kernel.c_str()));
-  check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
   params.schedule.whole_tasks = params.num_tasks;
-  plan.grid[0] = std::min(params.num_tasks, arguments.num_sms);
+  int ctas = std::min(params.num_tasks, arguments.num_sms);
+  plan.grid[0] = ctas - ctas % int(plan.cluster[0]);
   if (params.schedule.stages) params.next_task = params.schedule.counts + params.num_tasks;
   plan.block[0] = kBackwardThreads;
   plan.set_params(params);
 }
 
+// Of the query pass at head_dim 64 where every block has all blocks: what a task takes in a CTA of a pair,
+// over what it takes otherwise (bench/NOTES.md).
+constexpr double kPairedTime = 0.92;
+
 // A pass that keeps keys.
 LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* kernel, bool fused) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, kernel, fused);
+  FineBackwardParams params = start(plan, arguments, kernel, fused, fused);
   add_inputs(plan, params, arguments, false);
   params.grad_key = gradient_rows(arguments.grad_key, arguments.query, arguments.kv_grid, "dk");
   params.grad_value = gradient_rows(arguments.grad_value, arguments.query, arguments.kv_grid, "dv");
@@ -111,7 +121,7 @@ LaunchPlan plan_key_pass(const FineBackwardArguments& arguments, const char* ker
   set_pooled_grid(params, arguments.pooled_kv_grid, arguments.kv_grid, "pooled_kv_grid");
   params.dk_pooled = pointer<const void>(arguments.dk_pooled);
   params.dv_pooled = pointer<const void>(arguments.dv_pooled);
-  set_shape(plan, params, arguments, arguments.kv_grid);
+  set_shape(plan, params, arguments, groups_of(arguments, arguments.kv_grid));
   return plan;
 }
 
@@ -141,18 +151,27 @@ LaunchPlan plan_fine_backward_kv(const FineBackwardArguments& arguments) {
 
 LaunchPlan plan_fine_backward_q(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "fine_backward_q", false);
+  bool all = !arguments.q_schedule.stages;
+  int64_t rows = arguments.query.heads * arguments.query.batch,
+          groups = groups_of(arguments, arguments.q_grid);
+  // Not with block_sizes: tiles whose pads are to be cleared land at a barrier that knows of no peer.
+  bool paired = arguments.query.head_dim == 64 && all && !arguments.block_sizes &&
+                pays_in_pairs(rows, groups, arguments.num_sms, kPairedTime,
+                              double(ceil_div(rows * groups, int64_t(arguments.num_sms))));
+  FineBackwardParams params =
+      start(plan, arguments, paired ? "fine_backward_q_dense" : "fine_backward_q", false, all);
   add_inputs(plan, params, arguments, true);
   add_grad_query(params, arguments);
   params.schedule = arguments.q_schedule;
-  set_shape(plan, params, arguments, arguments.q_grid);
+  plan.cluster[0] = paired ? 2 : 1;
+  set_shape(plan, params, arguments, paired ? 2 * ceil_div(groups, 2) : groups);
   plan.shared_bytes = fine_backward_q_shared_bytes(arguments.query.head_dim);
   return plan;
 }
 
 LaunchPlan plan_start_grad_query(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "start_grad_query", true);
+  FineBackwardParams params = start(plan, arguments, "start_grad_query", true, true);
   plan.kernel = text("start_grad_query_d", arguments.query.head_dim);  // it knows no 16-bit type
   set_query_blocks(plan, params, arguments);
   return plan;
@@ -166,7 +185,7 @@ LaunchPlan plan_fine_backward_fused(const FineBackwardArguments& arguments) {
 
 LaunchPlan plan_finish_grad_query(const FineBackwardArguments& arguments) {
   LaunchPlan plan;
-  FineBackwardParams params = start(plan, arguments, "finish_grad_query", true);
+  FineBackwardParams params = start(plan, arguments, "finish_grad_query", true, true);
   add_grad_query(params, arguments);
   set_query_blocks(plan, params, arguments);
   return plan;

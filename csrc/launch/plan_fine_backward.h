@@ -16,8 +16,9 @@ struct FineBackwardArguments {
   uint64_t row_terms = 0;
   uint64_t grad_query_sums = 0;  // fp32 [batch, heads, num_q_blocks, 64, head_dim], of the fused pass
   bool adds_directly = false;    // to these, where lists are such that key blocks share few query blocks
-  // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours run
-  // only if all pairs of blocks are listed, the two passes only if not. 0: what is launched runs.
+  // int32 [batch, heads, num_kv_blocks + 1] of transpose_index. Then the fused pass and its neighbours, and
+  // the query pass without a schedule, run only if all pairs of blocks are listed, the two passes with
+  // schedules only if not. 0: what is launched runs.
   uint64_t choose_by = 0;
   // [batch, heads, cubes, head_dim] packed, the query's type
   uint64_t dq_pooled = 0, dk_pooled = 0, dv_pooled = 0;

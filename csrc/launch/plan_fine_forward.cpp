@@ -25,15 +25,10 @@ namespace {
 // and what a block takes alone, over a group.
 constexpr double kPairedTime = 0.95, kBlockTime = 0.77;
 
-// Whether CTAs in pairs are done before CTAs on their own are. Where the groups of a head are odd, half of
-// its last pair has nothing to do.
-bool pays_in_pairs(int64_t rows, int64_t groups, int num_sms) {
-  int64_t pairs = num_sms / 2;
-  if (groups == 1 || pairs == 0) return false;
-  int64_t paired_rounds = ceil_div(rows * ceil_div(groups, 2), pairs);
-  int64_t all = rows * groups, whole = whole_groups(all, fine_forward_consumers(128), num_sms);
-  double alone = double(ceil_div(whole, int64_t(num_sms))) + (whole < all ? kBlockTime : 0.0);
-  return kPairedTime * double(paired_rounds) < alone;
+// Of CTAs on their own.
+double rounds_alone(int64_t groups, int num_sms) {
+  int64_t whole = whole_groups(groups, fine_forward_consumers(128), num_sms);
+  return double(ceil_div(whole, int64_t(num_sms))) + (whole < groups ? kBlockTime : 0.0);
 }
 
 }  // namespace
@@ -81,14 +76,16 @@ LaunchPlan plan_fine_forward(const FineForwardArguments& arguments) {
   params.heads = int32_t(query.heads);
   int head_dim = int(query.head_dim);
   check_argument(arguments.num_sms > 0, "num_sms: got ", arguments.num_sms, ", expected at least 1");
+  int64_t rows = query.heads * query.batch;
   int64_t groups = ceil_div(arguments.q_grid.num_cubes(), fine_forward_consumers(head_dim));
   // Not with block_sizes: tiles whose pads are to be cleared land at a barrier that knows of no peer.
   bool paired = head_dim == 128 && !params.schedule.stages && !params.block_sizes &&
-                pays_in_pairs(query.heads * query.batch, groups, arguments.num_sms);
+                pays_in_pairs(rows, groups, arguments.num_sms, kPairedTime,
+                              rounds_alone(rows * groups, arguments.num_sms));
   plan.kernel = kernel_name(paired ? "fine_forward_dense" : "fine_forward", query.head_dim, query.type);
   plan.cluster[0] = paired ? 2 : 1;
   params.groups = int32_t(paired ? 2 * ceil_div(groups, 2) : groups);
-  int64_t whole = params.schedule.whole_tasks, all = params.groups * query.heads * query.batch;
+  int64_t whole = params.schedule.whole_tasks, all = params.groups * rows;
   int consumers = fine_forward_consumers(head_dim);
   if (!params.schedule.stages) whole = paired ? all : whole_groups(all, consumers, arguments.num_sms);
   params.num_tasks = int32_t(checked_grid(tasks_of(all, whole, consumers), "fine_forward"));
