@@ -203,6 +203,7 @@ PYBIND11_MODULE(_C, m) {
            "compressed_entries"_a, "entries_per_head"_a, "num_sms"_a)
       .def_property_readonly("num_stages", &num_stages)
       .def_property_readonly("num_tasks", &num_tasks)
+      .def_property_readonly("num_counts", &num_counts)
       .def_property_readonly("num_thin", &num_thin)
       .def_readwrite("stages", &ScheduleArguments::stages)
       .def_readwrite("stage_counts", &ScheduleArguments::stage_counts)

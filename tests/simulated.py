@@ -78,13 +78,19 @@ def simulated_device(*inputs, seed=0):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(_extension, "launch", device.launch))
         stack.enter_context(mock.patch.object(_extension, "num_sms", lambda device: NUM_SMS))
-        allocate = torch.Tensor.new_empty
+        new_empty, new_zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
 
-        def new_empty(self, *args, **kwargs):
-            device.allocated.append(poison.poison(allocate(self, *args, **kwargs)))
+        def poisoned(self, *args, **kwargs):
+            device.allocated.append(poison.poison(new_empty(self, *args, **kwargs)))
             return device.allocated[-1]
 
-        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
+        def zeros(self, *args, **kwargs):
+            device.allocated.append(new_zeros(self, *args, **kwargs))
+            device.written.add(device.allocated[-1].data_ptr())
+            return device.allocated[-1]
+
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", poisoned))
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_zeros", zeros))
         yield device
 
 

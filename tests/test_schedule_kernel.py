@@ -11,6 +11,7 @@ from fine_stage import on_gpu
 from host_plans import BASE
 from schedule_cases import (
     BLOCK_BITS,
+    COMPRESSED,
     GRIDS,
     KERNELS,
     KINDS,
@@ -66,12 +67,12 @@ def check(problem, stages, counts, rows, places):
     _, size = KERNELS[problem.kernel, problem.head_dim]
     words, partial, thin = stages.tolist(), problem.partial(), problem.thin()
     tasks = [lists for _, _, lists in problem.tasks()]
-    assert len(counts) == len(tasks) + 1
-    assert counts[-1] == 0, "fetch_tasks counts from here"
+    assert counts[len(tasks)] == 0, "fetch_tasks counts from here"
+    check_order(problem, tasks, counts[len(tasks) + 1 :].tolist())
     owners = Counter(place for task in places for place in task)
     assert all(count == 1 and 0 <= place < len(words) for place, count in owners.items())
     used, thin_rows = set(), []
-    for lists, count, at in zip(tasks, counts[:-1].tolist(), places, strict=True):
+    for lists, count, at in zip(tasks, counts[: len(tasks)].tolist(), places, strict=True):
         assert 0 <= count <= len(at)
         used.update(at[:count])
         made = [[word % 2**32 for word in words[place]] for place in at[:count]]
@@ -86,6 +87,23 @@ def check(problem, stages, counts, rows, places):
     assert len(thin_rows) == len({*thin_rows}), "tasks share a row"
     for place in {*range(len(words))} - used:
         assert words[place] == [UNLISTED] * 2, f"stage {place} belongs to no task, but was written"
+
+
+def check_order(problem, tasks, order):
+    """Of compressed lists: two counters, and all tasks, those with more entries than usual first.
+
+    Not where a multiprocessor has more than 32 of them.
+    """
+    if problem.kernel not in COMPRESSED or len(tasks) > 32 * problem.sms:
+        assert order == []
+        return
+    early, late, *order = order
+    assert sorted(order) == list(range(len(tasks))) and early + late == len(tasks)
+    consumers, _ = KERNELS[problem.kernel, problem.head_dim]
+    _, (_, entries) = problem.arguments()
+    usual = 3 * consumers * entries.shape[2] // (2 * problem.grid.num_cubes)
+    lengths = [sum(map(len, tasks[index])) for index in order]
+    assert [length > usual for length in lengths] == [True] * early + [False] * late
 
 
 def check_task(stages, lists, partial, size):
@@ -286,7 +304,8 @@ def adversarial(kernel, head_dim, seed, schedule):
     problem = new_problem(kernel, head_dim, "overlap", seed, CubeGrid((21, 3, 3)), heads=2, video=THIN_LISTED)
     made = problem.made(functools.partial(simulate_schedule, seed=schedule))
     check(problem, *made)
-    return made[:3]
+    stages, counts, rows, _ = made
+    return stages, counts[: len(list(problem.tasks()))], rows  # tasks may come in any order
 
 
 # Host plans.

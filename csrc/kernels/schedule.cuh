@@ -252,6 +252,7 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
 
   ThinScheduler<kConsumers, kBlocks> thin{writer, task, index};
   BlockWindow<kConsumers> window;
+  int64_t entries = 0;
 #pragma unroll
   for (int i = 0; i < kConsumers; i++) {
     bool exists = i < task.blocks;
@@ -266,7 +267,9 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
       list = params.lists.list(task.batch, task.head, block);
       count = params.lists.count(task.batch, task.head, block);
     }
-    window.start(i, list, exists ? count : 0);
+    if (!exists) count = 0;
+    window.start(i, list, count);
+    entries += count;
   }
   if (params.mark_words) {
     extern __shared__ uint32_t marks[];
@@ -276,7 +279,12 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
                                                                                                      thin};
   while (!window.ended()) scheduler.take(window);
   scheduler.take_rest();
-  if (lane_id() == 0) params.schedule.counts[index] = scheduler.stages;
+  if (lane_id() != 0) return;
+  params.schedule.counts[index] = scheduler.stages;
+  if (!params.schedule.order) return;
+  bool early = entries > params.usual_entries;
+  int place = atomicAdd(params.order_ends + !early, 1);
+  params.schedule.order[early ? place : params.num_tasks - 1 - place] = index;
 }
 
 }  // namespace vsa

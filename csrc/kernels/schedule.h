@@ -41,6 +41,7 @@ constexpr int64_t tasks_of(int64_t groups, int64_t whole, int consumers) {
 struct Schedule {
   Stage* stages;           // null: every block has all blocks
   int32_t* counts;         // [tasks + 1] stages of each task, and a counter for fetch_tasks
+  int32_t* order;          // [tasks] those with the longer lists first; null: as they are numbered
   const int32_t* offsets;  // [batch * heads, blocks + 1] of the compressed lists, or null
   int32_t whole_tasks;     // tasks of a group of blocks each; those after them have a block each
   int64_t task_stages;     // from one task's stages to the next one's

@@ -22,7 +22,9 @@ struct ScheduleParams {
   int32_t heads;
   int32_t groups;  // of cubes in a head
   int32_t num_tasks;
-  int32_t mark_words;  // of 32 listed blocks, a list; 0: of too many
+  int32_t* order_ends;    // with schedule.order: [2] zeros, tasks at its beginning and at its end so far
+  int64_t usual_entries;  // a task with more of them belongs to the beginning
+  int32_t mark_words;     // of 32 listed blocks, a list; 0: of too many
 };
 
 constexpr int kScheduleWarps = 4;  // of a CTA; a task each

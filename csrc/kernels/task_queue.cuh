@@ -22,8 +22,9 @@ struct TaskQueue {
   }
 };
 
-// The fetching warp. `counter` is 0 when the kernel starts; null: tasks go round instead.
-VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, int num_tasks) {
+// The fetching warp. `counter` is 0 when the kernel starts; null: tasks go round instead. `order` of the
+// tasks, or null: as they are numbered.
+VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, const int32_t* order, int num_tasks) {
   RingPosition<TaskQueue::kPlaces> at;
   int index = blockIdx.x;
   bool more = true;
@@ -31,7 +32,7 @@ VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, int num_tasks) {
     queue.empty[at.stage].wait(at.phase ^ 1);
     more = index < num_tasks;
     if (lane_id() == 0) {
-      queue.index[at.stage] = index;
+      queue.index[at.stage] = order && more ? __ldg(order + index) : index;
       queue.full[at.stage].arrive();
       index = counter ? gridDim.x + atomicAdd(counter, 1) : index + gridDim.x;
     }

@@ -67,6 +67,14 @@ bool thin_apart(const ScheduleArguments& arguments) {
          num_thin_cubes(arguments.listed_grid) > 0 && all_thin_rows(arguments) < int64_t(kStageThin);
 }
 
+// Whether tasks with long lists come first: of key blocks, which queries of real video choose unlike often,
+// and only if there are few tasks. If there are many, their ends matter less than that the tasks of one head
+// find its queries in L2 (bench/NOTES.md).
+bool ordered(const ScheduleArguments& arguments) {
+  constexpr int64_t kFewRounds = 32;
+  return arguments.compressed.offsets && num_tasks(arguments) <= kFewRounds * arguments.num_sms;
+}
+
 int64_t task_stages(const ScheduleArguments& arguments) {
   auto [consumers, stage_blocks] = grouping(arguments);
   return most_stages(consumers, arguments.max_blocks, stage_blocks, thin_apart(arguments));
@@ -111,6 +119,11 @@ int64_t num_stages(const ScheduleArguments& arguments) {
   return num_tasks(arguments) * task_stages(arguments);
 }
 
+int64_t num_counts(const ScheduleArguments& arguments) {
+  int64_t tasks = num_tasks(arguments);
+  return tasks + 1 + (ordered(arguments) ? 2 + tasks : 0);
+}
+
 int64_t num_thin(const ScheduleArguments& arguments) {
   return thin_apart(arguments) ? all_thin_rows(arguments) : 0;
 }
@@ -120,6 +133,7 @@ Schedule make_schedule(const ScheduleArguments& arguments) {
   schedule.stages = pointer<Stage>(arguments.stages);
   schedule.counts = pointer<int32_t>(arguments.stage_counts);
   schedule.offsets = arguments.compressed.offsets;
+  if (ordered(arguments) && schedule.counts) schedule.order = schedule.counts + num_tasks(arguments) + 3;
   schedule.whole_tasks = int32_t(whole_tasks(arguments));
   schedule.task_stages = task_stages(arguments);
   if (thin_apart(arguments)) schedule.thin = pointer<ThinRow>(arguments.thin);
@@ -157,6 +171,12 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.groups = int32_t(head_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
 
+  if (params.schedule.order) {
+    params.order_ends = params.schedule.counts + params.num_tasks + 1;
+    // Half as many again as on average, where no list is shorter than it may be.
+    params.usual_entries =
+        3 * consumers * arguments.compressed.entries_per_head / (2 * arguments.grid.num_cubes());
+  }
   params.mark_words = schedule_mark_words(arguments.listed_grid.num_cubes());
 
   LaunchPlan plan;

@@ -23,12 +23,14 @@ struct ScheduleArguments {
   int64_t max_blocks = 0;        // of one list
   CompressedLists compressed{};  // of the key side
   int num_sms = 1;               // of the device
-  // Where the schedule goes: int32 [num_stages, 2], [num_tasks + 1] and [num_thin, 6].
+  // Where the schedule goes: int32 [num_stages, 2], [num_counts] (zeros, with compressed lists) and [num_thin, 6].
   uint64_t stages = 0, stage_counts = 0, thin = 0;
 };
 
 int64_t num_stages(const ScheduleArguments& arguments);
 int64_t num_tasks(const ScheduleArguments& arguments);
+// Stages of each task and a counter; where they are ordered, two more and the order of tasks.
+int64_t num_counts(const ScheduleArguments& arguments);
 int64_t num_thin(const ScheduleArguments& arguments);
 Schedule make_schedule(const ScheduleArguments& arguments);
 LaunchPlan plan_schedule(const ScheduleArguments& arguments);
