@@ -147,6 +147,8 @@ class DenseForward(AllPairs):
 class FusedBackward(AllPairs):
     """The backward in one pass. No dQ is a sum of more than one part."""
 
+    deterministic = False
+
     def inputs(self) -> Values:
         generator = numpy.random.default_rng(0)
         rows = (1, self.heads, CubeGrid.linear(self.tokens).num_cubes, 64)
@@ -159,9 +161,15 @@ class FusedBackward(AllPairs):
     def steps(self) -> list[Step]:
         def arguments(values):
             inputs = (values[name] for name in ("grad_fine", "query", "key", "value", "lse", "delta"))
-            return *inputs, *(None,) * 9, *self.grids, False
+            return *inputs, *(None,) * 9, *self.grids, self.deterministic
 
         return [Step(_kernels.fine_backward, arguments, ("dq", "dk", "dv"))]
+
+
+class DenseBackward(FusedBackward):
+    """In two passes; the query pass at head_dim 64 by CTAs in pairs."""
+
+    deterministic = True
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,8 @@ CASES = [
         for head_dim in (64, 128)
         for name, dtype in (("bf16", BF16), ("fp16", FP16))
     ),
+    DenseBackward("dense-backward-d64-bf16", 130, 1, 64, BF16),
+    DenseBackward("dense-backward-d64-fp16", 130, 1, 64, FP16),
     *(
         Delta(f"delta-d{head_dim}-{name}", (5, 4, 5), 2, head_dim, dtype)
         for head_dim in (64, 128)
