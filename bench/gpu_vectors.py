@@ -25,7 +25,7 @@ from vsa_cuda.geometry import CubeGrid
 
 Values = dict[str, torch.Tensor]
 CUBE = (4, 4, 4)
-_MOST_BYTES = 1_100_000
+_MOST_BYTES = 1_200_000
 _GATE_FINE = 0.75  # not 1, so that grad_fine is written
 
 
