@@ -7,6 +7,8 @@
 //   consumer       |      wait dQ, release K(i-1) | P(i) ------ | dS(i), release V(i) |
 //
 // The other consumer's products fill the gaps.
+//
+// Where every query cube has every key cube, a variant pairs two CTAs, as the forward does (tile_ring.cuh).
 #pragma once
 
 #include "kernels/fine_backward.cuh"

@@ -2,9 +2,9 @@
 // that the same consumers chose.
 //
 // A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members in
-// the other lists. Pairs that several consumers chose come first, then those of one alone, in
-// turns, so that no consumer waits long for its next. A block without a partner waits for the next entries;
-// at the end it goes to each of its lists alone, which pairs what it got.
+// the other lists. Pairs that several consumers chose come first, then those of one alone, in turns, so that
+// no consumer waits long for its next. A block without a partner waits for the next entries; at the end it
+// goes to each of its lists alone, which pairs what it got.
 #pragma once
 
 #include "kernels/block_window.cuh"
