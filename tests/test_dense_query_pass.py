@@ -94,6 +94,22 @@ def test_pairs_of_ctas_over_long_runs(schedule, seed, monkeypatch):
     check_pairs(make, 2, [4 * seed + schedule], monkeypatch)
 
 
+@pytest.mark.simulator
+def test_each_cta_of_a_pair_loads_half(seed, monkeypatch):
+    """Two tasks, each of two blocks and all four key blocks: K and V come once for both CTAs."""
+    monkeypatch.setattr(simulated, "NUM_SMS", 2)
+    devices = []
+    gradients_of(linear(4 * 64, 4 * 64, seed=seed)(), seed, devices)
+    (device,) = (x for x in devices if "fine_backward_q_dense_d64_bf16" in x.kernels)
+    copies = {
+        opcode: count
+        for opcode, count in device.report("fine_backward_q_dense").opcodes.items()
+        if "cp.async.bulk" in opcode
+    }
+    shared = sum(count for opcode, count in copies.items() if "multicast" in opcode)
+    assert shared == 2 * 4 and sum(copies.values()) == shared + 2 * 4
+
+
 # Nothing; the first head's first list; one in a head between; the last list of all; every one.
 SHORT = [
     (), [(0, 0, 0)], [(1, 0, 1)], [(1, 1, 4)], [(b, h, i) for b in (0, 1) for h in (0, 1) for i in range(5)],
