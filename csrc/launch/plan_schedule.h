@@ -23,7 +23,8 @@ struct ScheduleArguments {
   int64_t max_blocks = 0;        // of one list
   CompressedLists compressed{};  // of the key side
   int num_sms = 1;               // of the device
-  // Where the schedule goes: int32 [num_stages, 2], [num_counts] (zeros, with compressed lists) and [num_thin, 6].
+  // Where the schedule goes: int32 [num_stages, 2], [num_counts] (zeros, with compressed lists) and
+  // [num_thin, 6].
   uint64_t stages = 0, stage_counts = 0, thin = 0;
 };
 
