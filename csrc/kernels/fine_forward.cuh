@@ -233,7 +233,11 @@ struct FineForwardConsumer {
     }
     if (at.shared) Turn::pass(consumer);
     mma_wait<kPending ? 1 : 0>(scores);
-    if (at.marked) fill_masked(scores, shared.keys.extra(at.position).blocks, -INFINITY);
+    if (at.marked) {
+      uint64_t real[kForwardStageBlocks];
+      hand_round(real, shared.keys.extra(at.position).blocks);
+      fill_masked(scores, real, -INFINITY);
+    }
     shared.keys.release(at.position);
     pin(scores);  // first
 

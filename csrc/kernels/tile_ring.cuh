@@ -96,6 +96,17 @@ struct TileRing {
   }
 };
 
+// Masks beside a tile for all lanes. Lane 0 alone reads them, the one that gives the tile back: racecheck
+// follows no order between the lanes of a warp.
+template <int kCount>
+VSA_DEVICE void hand_round(uint64_t (&result)[kCount], const uint64_t (&masks)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    result[i] = lane_id() == 0 ? masks[i] : 0;
+    result[i] = __shfl_sync(0xffffffffu, result[i], 0);
+  }
+}
+
 // Both at once, so that one look at a barrier does not wait for the other.
 template <class First, class Second>
 VSA_DEVICE void await(First& first, uint32_t first_position, Second& second, uint32_t second_position) {
