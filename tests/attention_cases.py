@@ -1,5 +1,6 @@
 """Random inputs of the fine stage for the tests of its kernels: tensors, block lists, and what to expect."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -150,3 +151,25 @@ EDGE_CASES = [
     Case((9, 10, 12), head_dim=128, topk=7, batch=2, layout="bhsd"),
     Case((4, 8, 4), kv_shape=(17, 4, 8), kv_cube=(16, 2, 2), head_dim=64, lists="dense"),
 ]
+
+
+def linear(queries, keys, **options):
+    """Makes a case of so many tokens in blocks of 64, where every block has every block."""
+    shapes = (1, 1, queries), LINEAR, (1, 1, keys), LINEAR
+    return functools.partial(Case, *shapes, lists="dense", **options)
+
+
+# For kernels whose CTAs work in pairs where every block has every block, 128 queries a
+# task and 128 keys a stage: what makes a case, given a head_dim, and multiprocessors.
+PAIRS = {
+    "one pair": (linear(4 * 64, 3 * 64), 3),
+    "the last task of one block, and its partner of none": (linear(5 * 64 - 7, 9 * 64 - 3, heads=2), 8),
+    "the last partner's block would lie two further": (linear(6 * 64, 4 * 64, heads=2, layout="packed"), 8),
+    "a few keys": (linear(4 * 64, 10, batch=2, layout="bhsd"), 4),
+    "partners of none before and after others": (linear(13 * 64 - 1, 4 * 64 - 5, heads=3), 4),
+    "more multiprocessors than pairs": (linear(9 * 64, 2 * 64), 9),
+    "an odd number of multiprocessors": (linear(8 * 64, 5 * 64, heads=2), 5),
+    "cubes of a video, some of them thin": (
+        functools.partial(Case, (5, 9, 10), heads=2, lists="dense", layout="packed"), 24
+    ),
+}  # fmt: skip

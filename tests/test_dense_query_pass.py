@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import simulated
-from attention_cases import LINEAR, Case
+from attention_cases import PAIRS, Case, linear
 from fine_stage import (
     LISTED_OR_DENSE,
     RUNS,
@@ -23,25 +23,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.is_available(), reason="vsa_cuda._C is not built: no host plan to run"
 )
 over_runs = pytest.mark.parametrize("execute", RUNS)
-
-
-def linear(queries, keys, **options):
-    shapes = (1, 1, queries), LINEAR, (1, 1, keys), LINEAR
-    return functools.partial(Case, *shapes, head_dim=64, lists="dense", **options)
-
-
-# Tokens of queries and of keys; multiprocessors. 128 queries are a task, 128 keys a stage.
-PAIRS = {
-    "one pair": (linear(4 * 64, 3 * 64), 3),
-    "the last task of one block, and its partner of none": (linear(5 * 64 - 7, 9 * 64 - 3, heads=2), 8),
-    "a few keys": (linear(4 * 64, 10, batch=2, layout="bhsd"), 4),
-    "partners of none before and after others": (linear(13 * 64 - 1, 4 * 64 - 5, heads=3), 4),
-    "more multiprocessors than pairs": (linear(9 * 64, 2 * 64), 9),
-    "an odd number of multiprocessors": (linear(8 * 64, 5 * 64, heads=2), 5),
-    "cubes of a video, some of them thin": (
-        functools.partial(Case, (5, 9, 10), heads=2, head_dim=64, lists="dense", layout="packed"), 24
-    ),
-}  # fmt: skip
 
 
 def gradients_of(case, seed, devices=None):
@@ -82,7 +63,7 @@ def check_pairs(make, sms, seeds, monkeypatch):
 def test_pairs_of_ctas_give_the_same_bits(pairs, dtype, seed, monkeypatch):
     """Under each of the simulator's four kinds of schedules."""
     make, sms = pairs
-    make = functools.partial(make, dtype=dtype, seed=seed)
+    make = functools.partial(make, head_dim=64, dtype=dtype, seed=seed)
     check_pairs(make, sms, range(4 * seed, 4 * seed + 4), monkeypatch)
 
 

@@ -1,12 +1,10 @@
 """The fine stage's forward kernel in the simulator, against the reference in float64."""
 
-import functools
-
 import pytest
 import torch
 
 import simulated
-from attention_cases import EDGE_CASES, LINEAR, Case, random_case
+from attention_cases import EDGE_CASES, LINEAR, PAIRS, Case, linear, random_case
 from fine_stage import check_forward, forward
 from simulated import simulated_device
 from tolerance import assert_lse_within_tolerance
@@ -196,26 +194,6 @@ def test_all_blocks_of_the_linear_grid(video_shape, gate, head_dim, sms, seed, m
     check_epilogue(case, gate, gate, seed, coarse_grid, with_lists=False)
 
 
-def linear(queries, keys, **options):
-    shapes = (1, 1, queries), LINEAR, (1, 1, keys), LINEAR
-    return functools.partial(Case, *shapes, head_dim=128, lists="dense", **options)
-
-
-# Tokens of queries and of keys; multiprocessors. 128 queries are a task.
-PAIRS = {
-    "one pair": (linear(4 * 64, 3 * 64), 3),
-    "the last task of one block, and its partner of none": (linear(5 * 64 - 7, 9 * 64 - 3, heads=2), 8),
-    "the last partner's block would lie two further": (linear(6 * 64, 4 * 64, heads=2, layout="packed"), 8),
-    "a few keys": (linear(4 * 64, 10, batch=2, layout="bhsd"), 4),
-    "partners of none before and after others": (linear(13 * 64 - 1, 4 * 64 - 5, heads=3), 4),
-    "more multiprocessors than pairs": (linear(9 * 64, 2 * 64), 9),
-    "an odd number of multiprocessors": (linear(8 * 64, 5 * 64, heads=2), 5),
-    "cubes of a video": (
-        functools.partial(Case, (5, 9, 10), heads=2, head_dim=128, lists="dense", layout="packed"), 24
-    ),
-}  # fmt: skip
-
-
 def alone(case, monkeypatch):
     """out, lse by CTAs that have no partner."""
     monkeypatch.setattr(simulated, "NUM_SMS", 1)
@@ -239,21 +217,21 @@ def check_pairs(case, sms, seeds, monkeypatch):
 def test_pairs_of_ctas_give_the_same_bits(pairs, dtype, seed, monkeypatch):
     """Under each of the simulator's four kinds of schedules."""
     make, sms = pairs
-    case = make(dtype=dtype, seed=seed)
+    case = make(head_dim=128, dtype=dtype, seed=seed)
     check_pairs(case, sms, range(4 * seed, 4 * seed + 4), monkeypatch)
 
 
 @pytest.mark.parametrize("schedule", range(4))
 def test_pairs_of_ctas_over_long_runs(schedule, seed, monkeypatch):
     """66 stages a task, so that the barriers go round in each; CTAs without a block between others."""
-    case = linear(13 * 64, 131 * 64 + 1, heads=3, seed=seed)()
+    case = linear(13 * 64, 131 * 64 + 1, heads=3, head_dim=128, seed=seed)()
     check_pairs(case, 4, [4 * seed + schedule], monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("jump", [12, 300])
 def test_pairs_of_ctas_compute_scores_again(jump, dtype, seed, monkeypatch):
-    case = linear(3 * 64, 64 * 7 - 9, dtype=dtype, seed=seed)()
+    case = linear(3 * 64, 64 * 7 - 9, head_dim=128, dtype=dtype, seed=seed)()
     case.query[..., 0] = 16
     steps = torch.arange(64 * 7 - 9) // 128 - (3 if jump > 100 else 0)
     case.key[..., 0] = (steps * jump * 128**0.5 / 16).to(dtype)[None, :, None]

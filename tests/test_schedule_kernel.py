@@ -254,12 +254,10 @@ def test_the_most_blocks_that_have_marks_and_more(kernel, head_dim, blocks, make
     """Lists that begin, overlap and end anywhere, the last block in some."""
     g = torch.Generator().manual_seed(seed)
     common = torch.randperm(blocks, generator=g)[:60].tolist()
-    rows = [
-        sorted({*common[i : i + 40], *torch.randint(blocks, (10 * i,), generator=g).tolist()})
-        + [blocks - 1] * (i % 2 and blocks - 1 not in common)
-        for i in range(6)
-    ]
-    rows = [sorted({*row}) for row in rows]
+    rows = []
+    for i in range(6):
+        own = torch.randint(blocks, (10 * i,), generator=g).tolist()
+        rows.append(sorted({*common[i : i + 40], *own, *[blocks - 1] * (i % 2)}))
     problem = Problem(kernel, head_dim, CubeGrid((24, 1, 1)), CubeGrid.linear(64 * blocks), [[rows]])
     check(problem, *problem.made(make))
 

@@ -378,7 +378,7 @@ def _differentiate(
         plans.append(C.plan_fine_backward_q(listed))
         if DENSE_QUERY_PASS in ways:
             plans.append(C.plan_fine_backward_q(arguments_with(q_schedule=C.Schedule(), choose_by=look)))
-        # It stays out of the way of the fused pass alone.
+        # Either query pass is followed by this key pass; only the fused pass would take its place.
         key_arguments = listed if fused else arguments_with(q_schedule=q_schedule, choose_by=0)
         plans.append(C.plan_fine_backward_kv(key_arguments))
     if fused:
