@@ -248,6 +248,29 @@ def test_order_of_stages(kernel, head_dim, make):
                 assert firsts[i::consumers] == alone[i][::size]
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ({3: 4, 5: 2, 7: 1, 1: 9, 2: 11, 4: 13}, [3, 4] * 4 + [5, 2] * 2 + [7] + [1, 2, 4] * 9),
+        ({3: 3, 5: 4, 6: 1, 1: 8, 2: 2, 4: 2}, [3, 4, 3, 4, 3, 5, 2, 5, 2, 5, 5, 6] + [1] * 8),
+        ({6: 5, 1: 3, 2: 1, 4: 2}, [6, 1, 6, 1, 6, 1, 6, 6, 2, 4, 4]),
+    ],
+)
+def test_what_two_of_three_chose_stands_beside_what_the_third_chose(stages, expected, make, seed):
+    """Stages by set of consumers, at most 32 blocks a list; those of a set ascend."""
+    labels = torch.tensor([members for members, count in stages.items() for _ in range(2 * count)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))].tolist()
+    rows = [[block for block, members in enumerate(labels) if members >> i & 1] for i in range(3)]
+    problem = Problem("fine_forward", 64, CubeGrid((12, 1, 1)), CubeGrid.linear(64 * len(labels)), [[rows]])
+    words, counts, _, (places,) = problem.made(make)
+    words = [words[place].tolist() for place in places[: counts[0]]]
+    made = [[word[0] >> BLOCK_BITS & 15, *(x % (1 << BLOCK_BITS) for x in word)] for word in words]
+    assert [members for members, *_ in made] == expected
+    for members in stages:
+        blocks = [block for of, *pair in made for block in pair if of == members]
+        assert blocks == [block for block, label in enumerate(labels) if label == members]
+
+
 @over_kernels
 @pytest.mark.parametrize("blocks", [1 << 14, (1 << 14) + 1])
 def test_the_most_blocks_that_have_marks_and_more(kernel, head_dim, blocks, make, seed):

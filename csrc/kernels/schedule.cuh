@@ -2,9 +2,10 @@
 // that the same consumers chose.
 //
 // A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members in
-// the other lists. Pairs that several consumers chose come first, then those of one alone, in turns, so that
-// no consumer waits long for its next. A block without a partner waits for the next entries; at the end it
-// goes to each of its lists alone, which pairs what it got.
+// the other lists. Pairs that several consumers chose come first, beside each a pair of the one that is left
+// out, if it is one; then those of one alone, in turns. So no consumer waits long for its next. A block
+// without a partner waits for the next entries; at the end it goes to each of its lists alone, which pairs
+// what it got.
 #pragma once
 
 #include "kernels/block_window.cuh"
@@ -126,8 +127,13 @@ struct ThinScheduler {
 // Stages of two blocks. Sets of consumers are bit masks; those of one consumer are its "own".
 template <int kLists>
 struct PairScheduler {
-  static constexpr uint32_t kSets = 1u << kLists;
+  static constexpr uint32_t kSets = 1u << kLists, kEveryone = kSets - 1;
   static_assert(kLists * kSets <= kWarpThreads);
+
+  // Whether all but one of three or more consumers are of a set.
+  VSA_DEVICE static constexpr bool leaves_one(uint32_t set) {
+    return several(set) && set != kEveryone && !several(kEveryone ^ set);
+  }
 
   const StageWriter& writer;
   ThinScheduler<kLists, 2>& thin;
@@ -141,17 +147,26 @@ struct PairScheduler {
     uint32_t set[kLists], lanes[kSets];
     window.load(block, set);
     thin.take(block, set);
-    int total = stages;
 #pragma unroll
     for (uint32_t s = 1; s < kSets; s++) {
       lanes[s] = __ballot_sync(0xffffffffu, set[lowest(s)] == s);
       pairs[s] = (__popc(lanes[s]) + (waits >> s & 1)) / 2;
+    }
+    int total = stages;
+    // Of a set that leaves one out, and of that one: its own stages that stand between those of the set.
+    int beside[kSets] = {};
+#pragma unroll
+    for (uint32_t s = 1; s < kSets; s++) {
+      if (!several(s)) continue;
       begin[s] = total;
-      if (several(s)) total += pairs[s];
+      total += pairs[s];
+      if (!leaves_one(s)) continue;
+      beside[s] = beside[kEveryone ^ s] = min(pairs[s], pairs[kEveryone ^ s]);
+      total += beside[s];
     }
     int begin_own = total;
 #pragma unroll
-    for (int i = 0; i < kLists; i++) total += pairs[1u << i];
+    for (int i = 0; i < kLists; i++) total += pairs[1u << i] - beside[1u << i];
 
     // Of the block that waits in this lane, and of the lane's entry of each list.
     int waiting_stage = -1, next_waiting = waiting;
@@ -161,11 +176,16 @@ struct PairScheduler {
 #pragma unroll
       for (uint32_t s = 1; s < kSets; s++) {
         if (lowest(s) != i) continue;
-        auto stage_of = [&pairs, &begin, begin_own, s](int pair) {
+        auto stage_of = [&pairs, &begin, &beside, begin_own, s](int pair) {
+          if (leaves_one(s)) return begin[s] + pair + min(pair, beside[s]);
           if (several(s)) return begin[s] + pair;
+          int own = pair - beside[s];
+          if (own < 0) return begin[kEveryone ^ s] + 2 * pair + 1;
           int result = begin_own;
 #pragma unroll
-          for (int k = 0; k < kLists; k++) result += min(pairs[1u << k], pair + (k < lowest(s)));
+          for (int k = 0; k < kLists; k++) {
+            result += min(pairs[1u << k] - beside[1u << k], own + (k < lowest(s)));
+          }
           return result;
         };
         int before = waits >> s & 1;

@@ -2,6 +2,8 @@
 // unlike times. One warp of a CTA fetches, a task ahead; all others read what it got, warp by warp.
 #pragma once
 
+#include <climits>
+
 #include "kernels/tile_ring.h"
 #include "tiles/barrier.cuh"
 
@@ -52,10 +54,10 @@ VSA_DEVICE NextTask next_task(TaskQueue& queue) {
   uint32_t number = taken;
   int place = number % TaskQueue::kPlaces;
   queue.full[place].wait(number / TaskQueue::kPlaces % 2);
-  // All lanes have the same; reduced, the compiler knows.
-  int index = __reduce_max_sync(0xffffffffu, queue.index[place]);
-  __syncwarp();
-  if (elect_one()) {
+  // Lane 0 alone reads, the one that gives the place back: racecheck follows no order between the lanes of a
+  // warp. Reduced, the compiler knows that all lanes have the same.
+  int index = __reduce_max_sync(0xffffffffu, lane_id() == 0 ? queue.index[place] : INT_MIN);
+  if (lane_id() == 0) {
     taken = number + 1;
     queue.empty[place].arrive();
   }
