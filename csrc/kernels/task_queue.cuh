@@ -57,6 +57,7 @@ VSA_DEVICE NextTask next_task(TaskQueue& queue) {
   // Lane 0 alone reads, the one that gives the place back: racecheck follows no order between the lanes of a
   // warp. Reduced, the compiler knows that all lanes have the same.
   int index = __reduce_max_sync(0xffffffffu, lane_id() == 0 ? queue.index[place] : INT_MIN);
+  __syncwarp();  // all have read `taken`
   if (lane_id() == 0) {
     taken = number + 1;
     queue.empty[place].arrive();
