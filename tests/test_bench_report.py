@@ -230,4 +230,6 @@ def test_sanitizer_findings_are_apart_from_launches_it_gave_up_on():
     assert found == {"findings": 2, "untracked_launches": 3, "untracked_own": ["pool_d64_bf16"]}
     clean = gpu_tests.sanitizer_findings("========= ERROR SUMMARY: 0 errors", 60)
     assert clean == {"findings": 0, "untracked_launches": 0, "untracked_own": []}
+    race = "===== Warning: Race\n========= RACECHECK SUMMARY: 7 hazards displayed (5 errors, 2 warnings)"
+    assert gpu_tests.sanitizer_findings(race, 60) == {**clean, "findings": 7}
     assert gpu_tests.sanitizer_findings("....", 60) == {"summary": "no summary within 60 s"}
