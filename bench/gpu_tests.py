@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=240, help="limit of the tests")
-    parser.add_argument("--sanitizer-seconds", type=float, default=90, help="limit of each sanitizer tool")
+    parser.add_argument("--sanitizer-seconds", type=float, default=150, help="limit of each sanitizer tool")
     parser.add_argument("--tools", default="memcheck,synccheck,racecheck")
     options = parser.parse_args()
     command = [*TESTS, "tests", "--seed", str(options.seed)]
