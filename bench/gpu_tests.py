@@ -58,7 +58,7 @@ def _sanitizer(tool, seconds):
 
 def sanitizer_findings(text, seconds):
     """What a tool found; apart from it, launches that it gave up on: how many, which of our kernels."""
-    summary = re.findall(r"(?:ERROR SUMMARY: (?=\d+ error)|RACECHECK SUMMARY: )(\d+)", text)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", text)
     if not summary:
         return {"summary": f"no summary within {seconds} s"}
     lost = re.findall(r"Internal Sanitizer Error: .*? while launching (\S+)", text)

@@ -226,6 +226,16 @@ def test_the_last_groups_are_a_task_a_block(head_dim, sms, make, seed):
     check(problem, *problem.made(make))
 
 
+def stages_of_one_task(problem, make):
+    """(members, the two blocks) of each stage of a problem that is one task."""
+    stages, counts, _, (places,) = problem.made(make)
+    words = (stages[place].tolist() for place in places[: counts[0]])
+    return [
+        (first >> BLOCK_BITS & 15, [x % (1 << BLOCK_BITS) for x in (first, second)])
+        for first, second in words
+    ]
+
+
 @over_kernels
 def test_order_of_stages(kernel, head_dim, make):
     """What several chose ascends; what they chose alone comes in turns."""
@@ -236,10 +246,8 @@ def test_order_of_stages(kernel, head_dim, make):
     for rows in (shared, alone):
         grid, listed_grid = CubeGrid((4 * consumers, 1, 1)), CubeGrid.linear(64 * consumers * blocks)
         problem = Problem(kernel, head_dim, grid, listed_grid, [[rows]])
-        stages, counts, _, (places,) = problem.made(make)
-        words = [stages[place].tolist() for place in places[: counts[0]]]
-        firsts = [word[0] % (1 << BLOCK_BITS) for word in words]
-        members = [word[0] >> BLOCK_BITS & 15 for word in words]
+        made = stages_of_one_task(problem, make)
+        members, firsts = [of for of, _ in made], [pair[0] for _, pair in made]
         if rows is shared:
             assert firsts == list(range(0, blocks, size))
         else:
@@ -262,12 +270,10 @@ def test_what_two_of_three_chose_stands_beside_what_the_third_chose(stages, expe
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))].tolist()
     rows = [[block for block, members in enumerate(labels) if members >> i & 1] for i in range(3)]
     problem = Problem("fine_forward", 64, CubeGrid((12, 1, 1)), CubeGrid.linear(64 * len(labels)), [[rows]])
-    words, counts, _, (places,) = problem.made(make)
-    words = [words[place].tolist() for place in places[: counts[0]]]
-    made = [[word[0] >> BLOCK_BITS & 15, *(x % (1 << BLOCK_BITS) for x in word)] for word in words]
-    assert [members for members, *_ in made] == expected
+    made = stages_of_one_task(problem, make)
+    assert [members for members, _ in made] == expected
     for members in stages:
-        blocks = [block for of, *pair in made for block in pair if of == members]
+        blocks = [block for of, pair in made for block in pair if of == members]
         assert blocks == [block for block, label in enumerate(labels) if label == members]
 
 

@@ -130,11 +130,6 @@ struct PairScheduler {
   static constexpr uint32_t kSets = 1u << kLists, kEveryone = kSets - 1;
   static_assert(kLists * kSets <= kWarpThreads);
 
-  // Whether all but one of three or more consumers are of a set.
-  VSA_DEVICE static constexpr bool leaves_one(uint32_t set) {
-    return several(set) && set != kEveryone && !several(kEveryone ^ set);
-  }
-
   const StageWriter& writer;
   ThinScheduler<kLists, 2>& thin;
   int stages = 0;      // written
@@ -153,14 +148,14 @@ struct PairScheduler {
       pairs[s] = (__popc(lanes[s]) + (waits >> s & 1)) / 2;
     }
     int total = stages;
-    // Of a set that leaves one out, and of that one: its own stages that stand between those of the set.
+    // Of several that leave one out, and of that one: its own stages that stand between those of the set.
     int beside[kSets] = {};
 #pragma unroll
     for (uint32_t s = 1; s < kSets; s++) {
       if (!several(s)) continue;
       begin[s] = total;
       total += pairs[s];
-      if (!leaves_one(s)) continue;
+      if (__popc(s) != kLists - 1) continue;
       beside[s] = beside[kEveryone ^ s] = min(pairs[s], pairs[kEveryone ^ s]);
       total += beside[s];
     }
@@ -177,8 +172,7 @@ struct PairScheduler {
       for (uint32_t s = 1; s < kSets; s++) {
         if (lowest(s) != i) continue;
         auto stage_of = [&pairs, &begin, &beside, begin_own, s](int pair) {
-          if (leaves_one(s)) return begin[s] + pair + min(pair, beside[s]);
-          if (several(s)) return begin[s] + pair;
+          if (several(s)) return begin[s] + pair + min(pair, beside[s]);
           int own = pair - beside[s];
           if (own < 0) return begin[kEveryone ^ s] + 2 * pair + 1;
           int result = begin_own;
