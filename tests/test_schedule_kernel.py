@@ -11,7 +11,6 @@ from fine_stage import on_gpu
 from host_plans import BASE
 from schedule_cases import (
     BLOCK_BITS,
-    COMPRESSED,
     GRIDS,
     KERNELS,
     KINDS,
@@ -68,7 +67,7 @@ def check(problem, stages, counts, rows, places):
     words, partial, thin = stages.tolist(), problem.partial(), problem.thin()
     tasks = [lists for _, _, lists in problem.tasks()]
     assert counts[len(tasks)] == 0, "fetch_tasks counts from here"
-    check_order(problem, tasks, counts[len(tasks) + 1 :].tolist())
+    check_early(problem, tasks, counts[len(tasks) + 1 :].tolist())
     owners = Counter(place for task in places for place in task)
     assert all(count == 1 and 0 <= place < len(words) for place, count in owners.items())
     used, thin_rows = set(), []
@@ -89,21 +88,21 @@ def check(problem, stages, counts, rows, places):
         assert words[place] == [UNLISTED] * 2, f"stage {place} belongs to no task, but was written"
 
 
-def check_order(problem, tasks, order):
-    """Of compressed lists: two counters, and all tasks, those with more entries than usual first.
+def check_early(problem, tasks, early):
+    """Of compressed lists: the number of tasks with more entries than usual, which they are, and a mark each.
 
-    Not where a multiprocessor has more than 32 of them.
+    Not of the fused pass, nor where a multiprocessor has more than 32 of them.
     """
-    if problem.kernel not in COMPRESSED or len(tasks) > 32 * problem.sms:
-        assert order == []
+    if problem.kernel != "fine_backward_kv" or len(tasks) > 32 * problem.sms:
+        assert early == []
         return
-    early, late, *order = order
-    assert sorted(order) == list(range(len(tasks))) and early + late == len(tasks)
+    count, *early = early
+    numbers, marks = early[:count], early[len(tasks) :]
     consumers, _ = KERNELS[problem.kernel, problem.head_dim]
     _, (_, entries) = problem.arguments()
     usual = 3 * consumers * entries.shape[2] // (2 * problem.grid.num_cubes)
-    lengths = [sum(map(len, tasks[index])) for index in order]
-    assert [length > usual for length in lengths] == [True] * early + [False] * late
+    expected = [sum(map(len, lists)) > usual for lists in tasks]
+    assert marks == expected and sorted(numbers) == [i for i, long in enumerate(expected) if long]
 
 
 def check_task(stages, lists, partial, size):

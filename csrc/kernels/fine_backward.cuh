@@ -346,7 +346,7 @@ VSA_DEVICE void fine_backward(const typename Kernel::Maps& maps, const FineBackw
     } else if (warp == 2) {
       Kernel::template load_resident<Kernel>(shared, maps, params);
     } else {
-      fetch_tasks(shared.queue, params.next_task, params.schedule.order, params.num_tasks);
+      fetch_tasks(shared.queue, params.next_task, params.schedule.early, params.num_tasks);
     }
   } else {
     register_increase<Kernel::kConsumerRegisters>();

@@ -383,7 +383,7 @@ VSA_DEVICE void fine_forward(const FineForwardMaps& maps, const FineForwardParam
     if (warp == 0) fine_forward_load_keys<Kernel>(shared.keys, shared.queue, maps, params);
     if (warp == 1) fine_forward_load_values<Kernel>(shared.values, shared.queue, maps, params);
     if (warp == 2) fine_forward_load_queries<Kernel>(shared, maps, params);
-    if (warp == 3) fetch_tasks(shared.queue, params.next_task, nullptr, params.num_tasks);
+    if (warp == 3) fetch_tasks(shared.queue, params.next_task, {}, params.num_tasks);
   } else {
     register_increase<Kernel::kConsumerRegisters>();
     fine_forward_consume<Kernel>(shared, params, warpgroup);

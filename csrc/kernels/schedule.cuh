@@ -295,10 +295,10 @@ VSA_DEVICE void make_schedule(const ScheduleParams& params) {
   scheduler.take_rest();
   if (lane_id() != 0) return;
   params.schedule.counts[index] = scheduler.stages;
-  if (!params.schedule.order) return;
-  bool early = entries > params.usual_entries;
-  int place = atomicAdd(params.order_ends + !early, 1);
-  params.schedule.order[early ? place : params.num_tasks - 1 - place] = index;
+  const EarlyTasks& early = params.schedule.early;
+  if (!early.count || entries <= params.usual_entries) return;
+  early.tasks[atomicAdd(early.count, 1)] = index;
+  early.is_early[index] = 1;
 }
 
 }  // namespace vsa

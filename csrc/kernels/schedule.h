@@ -36,12 +36,19 @@ constexpr int64_t tasks_of(int64_t groups, int64_t whole, int consumers) {
   return whole + (groups - whole) * consumers;
 }
 
+// Tasks that come before the others; those follow as they are numbered.
+struct EarlyTasks {
+  int32_t* count;     // null: there are none
+  int32_t* tasks;     // [tasks] which
+  int32_t* is_early;  // [tasks] 0 or 1
+};
+
 // The stages of all tasks. With `offsets`, task by task along the compressed rows of its lists (the list of
 // the task's first block, then the second's); else `task_stages` apart.
 struct Schedule {
   Stage* stages;           // null: every block has all blocks
   int32_t* counts;         // [tasks + 1] stages of each task, and a counter for fetch_tasks
-  int32_t* order;          // [tasks] those with the longer lists first; null: as they are numbered
+  EarlyTasks early;        // those with long lists
   const int32_t* offsets;  // [batch * heads, blocks + 1] of the compressed lists, or null
   int32_t whole_tasks;     // tasks of a group of blocks each; those after them have a block each
   int64_t task_stages;     // from one task's stages to the next one's

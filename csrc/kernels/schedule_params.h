@@ -22,8 +22,7 @@ struct ScheduleParams {
   int32_t heads;
   int32_t groups;  // of cubes in a head
   int32_t num_tasks;
-  int32_t* order_ends;    // with schedule.order: [2] zeros, tasks at its beginning and at its end so far
-  int64_t usual_entries;  // a task with more of them belongs to the beginning
+  int64_t usual_entries;  // a task with more of them is early; schedule.early, where there is one, is zeros
   int32_t mark_words;     // of 32 listed blocks, a list; 0: of too many
 };
 

@@ -4,6 +4,7 @@
 
 #include <climits>
 
+#include "kernels/schedule.h"
 #include "kernels/tile_ring.h"
 #include "tiles/barrier.cuh"
 
@@ -24,22 +25,27 @@ struct TaskQueue {
   }
 };
 
-// The fetching warp. `counter` is 0 when the kernel starts; null: tasks go round instead. `order` of the
-// tasks, or null: as they are numbered.
-VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, const int32_t* order, int num_tasks) {
+// The fetching warp. `counter` is 0 when the kernel starts; null: tasks go round instead.
+VSA_DEVICE void fetch_tasks(TaskQueue& queue, int32_t* counter, const EarlyTasks& early, int num_tasks) {
   RingPosition<TaskQueue::kPlaces> at;
-  int index = blockIdx.x;
+  int num_early = early.count ? __ldg(early.count) : 0;
+  int place = blockIdx.x;  // first those of the early tasks, then those of all
   bool more = true;
   while (__any_sync(0xffffffffu, more)) {
-    queue.empty[at.stage].wait(at.phase ^ 1);
+    bool is_early = place < num_early;
+    int index = is_early ? __ldg(early.tasks + place) : place - num_early;
     more = index < num_tasks;
-    if (lane_id() == 0) {
-      queue.index[at.stage] = order && more ? __ldg(order + index) : index;
-      queue.full[at.stage].arrive();
-      index = counter ? gridDim.x + atomicAdd(counter, 1) : index + gridDim.x;
+    bool done = num_early > 0 && !is_early && more && __ldg(early.is_early + index);
+    if (!__any_sync(0xffffffffu, done)) {
+      queue.empty[at.stage].wait(at.phase ^ 1);
+      if (lane_id() == 0) {
+        queue.index[at.stage] = index;
+        queue.full[at.stage].arrive();
+      }
+      at.advance();
     }
-    index = __shfl_sync(0xffffffffu, index, 0);
-    at.advance();
+    if (lane_id() == 0) place = counter ? gridDim.x + atomicAdd(counter, 1) : place + gridDim.x;
+    place = __shfl_sync(0xffffffffu, place, 0);
   }
 }
 

@@ -68,11 +68,13 @@ bool thin_apart(const ScheduleArguments& arguments) {
 }
 
 // Whether tasks with long lists come first: of key blocks, which queries of real video choose unlike often,
-// and only if there are few tasks. If there are many, their ends matter less than that the tasks of one head
-// find its queries in L2 (bench/NOTES.md).
-bool ordered(const ScheduleArguments& arguments) {
+// and only if there are few tasks. Those of all heads then come side by side, and in L2 find fewer of the
+// queries that they share with their heads' others: if there are many tasks, or the fused pass adds to dQ
+// there, that costs more than the ends of the last tasks (bench/NOTES.md).
+bool long_lists_first(const ScheduleArguments& arguments) {
   constexpr int64_t kFewRounds = 32;
-  return arguments.compressed.offsets && num_tasks(arguments) <= kFewRounds * arguments.num_sms;
+  return arguments.compressed.offsets && arguments.pass != FinePass::kBackwardFused &&
+         num_tasks(arguments) <= kFewRounds * arguments.num_sms;
 }
 
 int64_t task_stages(const ScheduleArguments& arguments) {
@@ -121,7 +123,7 @@ int64_t num_stages(const ScheduleArguments& arguments) {
 
 int64_t num_counts(const ScheduleArguments& arguments) {
   int64_t tasks = num_tasks(arguments);
-  return tasks + 1 + (ordered(arguments) ? 2 + tasks : 0);
+  return tasks + 1 + (long_lists_first(arguments) ? 1 + 2 * tasks : 0);
 }
 
 int64_t num_thin(const ScheduleArguments& arguments) {
@@ -133,7 +135,11 @@ Schedule make_schedule(const ScheduleArguments& arguments) {
   schedule.stages = pointer<Stage>(arguments.stages);
   schedule.counts = pointer<int32_t>(arguments.stage_counts);
   schedule.offsets = arguments.compressed.offsets;
-  if (ordered(arguments) && schedule.counts) schedule.order = schedule.counts + num_tasks(arguments) + 3;
+  if (long_lists_first(arguments) && schedule.counts) {
+    int64_t tasks = num_tasks(arguments);
+    int32_t* count = schedule.counts + tasks + 1;
+    schedule.early = {count, count + 1, count + 1 + tasks};
+  }
   schedule.whole_tasks = int32_t(whole_tasks(arguments));
   schedule.task_stages = task_stages(arguments);
   if (thin_apart(arguments)) schedule.thin = pointer<ThinRow>(arguments.thin);
@@ -170,13 +176,9 @@ LaunchPlan plan_schedule(const ScheduleArguments& arguments) {
   params.heads = int32_t(arguments.heads);
   params.groups = int32_t(head_groups(arguments));
   params.num_tasks = int32_t(checked_grid(num_tasks(arguments), "schedule"));
-
-  if (params.schedule.order) {
-    params.order_ends = params.schedule.counts + params.num_tasks + 1;
-    // Half as many again as on average, where no list is shorter than it may be.
-    params.usual_entries =
-        3 * consumers * arguments.compressed.entries_per_head / (2 * arguments.grid.num_cubes());
-  }
+  // Half as many again as on average, where no list is shorter than it may be.
+  params.usual_entries =
+      3 * consumers * arguments.compressed.entries_per_head / (2 * arguments.grid.num_cubes());
   params.mark_words = schedule_mark_words(arguments.listed_grid.num_cubes());
 
   LaunchPlan plan;

@@ -30,7 +30,7 @@ struct ScheduleArguments {
 
 int64_t num_stages(const ScheduleArguments& arguments);
 int64_t num_tasks(const ScheduleArguments& arguments);
-// Stages of each task and a counter; where they are ordered, two more and the order of tasks.
+// Stages of each task and a counter; of EarlyTasks, where some may be, their count, numbers and marks.
 int64_t num_counts(const ScheduleArguments& arguments);
 int64_t num_thin(const ScheduleArguments& arguments);
 Schedule make_schedule(const ScheduleArguments& arguments);
