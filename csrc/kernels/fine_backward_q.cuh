@@ -85,11 +85,7 @@ struct FineBackwardQPass {
     for (int i = 0; i < grads.kRegisters; i++) {
       grads.data[i] = scores.data[i] * (grads.data[i] + minus_delta.data[i / 2 % 2]);
     }
-    if (at.marked) {
-      uint64_t real[Kernel::kStageBlocks];
-      hand_round(real, shared.first.extra(at.position).blocks);
-      fill_masked(grads, real, 0.0f);
-    }
+    if (at.marked) fill_masked_beside(grads, shared.first.extra(at.position).blocks, 0.0f);
     convert(grad_scores, grads);
     mma_fence();
     mma_AB(grad_query, grad_scores, shared.first.tile(at.position), true);

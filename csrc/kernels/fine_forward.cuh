@@ -233,11 +233,7 @@ struct FineForwardConsumer {
     }
     if (at.shared) Turn::pass(consumer);
     mma_wait<kPending ? 1 : 0>(scores);
-    if (at.marked) {
-      uint64_t real[kForwardStageBlocks];
-      hand_round(real, shared.keys.extra(at.position).blocks);
-      fill_masked(scores, real, -INFINITY);
-    }
+    if (at.marked) fill_masked_beside(scores, shared.keys.extra(at.position).blocks, -INFINITY);
     shared.keys.release(at.position);
     pin(scores);  // first
 

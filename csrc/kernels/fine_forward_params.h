@@ -3,6 +3,7 @@
 #include "kernels/cube_grid.h"
 #include "kernels/gate.h"
 #include "kernels/schedule.h"
+#include "kernels/task_queue.h"
 #include "kernels/tile_ring.h"
 #include "kernels/token_rows.h"
 

@@ -5,7 +5,7 @@
 #include <climits>
 
 #include "kernels/schedule.h"
-#include "kernels/tile_ring.h"
+#include "kernels/task_queue.h"
 #include "tiles/barrier.cuh"
 
 namespace vsa {

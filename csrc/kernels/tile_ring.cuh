@@ -41,6 +41,7 @@
 #include "kernels/stage_run.cuh"
 #include "kernels/tile_ring.h"
 #include "tiles/cluster.cuh"
+#include "tiles/register_tile.cuh"
 
 namespace vsa {
 
@@ -96,15 +97,17 @@ struct TileRing {
   }
 };
 
-// Masks beside a tile for all lanes. Lane 0 alone reads them, the one that gives the tile back: racecheck
-// follows no order between the lanes of a warp.
-template <int kCount>
-VSA_DEVICE void hand_round(uint64_t (&result)[kCount], const uint64_t (&masks)[kCount]) {
+// fill_masked by masks beside a tile of a ring. Lane 0 alone reads them, the one that gives the tile back:
+// racecheck follows no order between the lanes of a warp.
+template <int kCols>
+VSA_DEVICE void fill_masked_beside(FloatTile<kCols>& tile, const uint64_t (&masks)[kCols / 64], float value) {
+  uint64_t read[kCols / 64];
 #pragma unroll
-  for (int i = 0; i < kCount; i++) {
-    result[i] = lane_id() == 0 ? masks[i] : 0;
-    result[i] = __shfl_sync(0xffffffffu, result[i], 0);
+  for (int i = 0; i < kCols / 64; i++) {
+    read[i] = lane_id() == 0 ? masks[i] : 0;
+    read[i] = __shfl_sync(0xffffffffu, read[i], 0);
   }
+  fill_masked(tile, read, value);
 }
 
 // Both at once, so that one look at a barrier does not wait for the other.

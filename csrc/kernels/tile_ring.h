@@ -14,8 +14,4 @@ constexpr int tile_ring_bytes(int tile_bytes, int stages, int extra_bytes) {
   return round_up(stages * (tile_bytes + extra_bytes) + barriers, kTileAlignment);
 }
 
-// Of a TaskQueue.
-constexpr int kTaskQueueWarps = 16;  // at most in a CTA
-constexpr int kTaskQueueBytes = 40 + 4 * kTaskQueueWarps;
-
 }  // namespace vsa
