@@ -8,6 +8,8 @@ and deviation 1 in bfloat16 that takes the error of dQ and dK to 2.2 times at G_
 4, beyond the tolerance.
 """
 
+import inspect
+
 import torch
 
 from vsa_cuda import ops
@@ -21,6 +23,12 @@ _SECOND_ORDER_ERROR = (
     "vsa_cuda: got a derivative of a gradient (double backward), expected first derivatives only; "
     "differentiate once, without create_graph=True, or use scaled_dot_product_attention here"
 )
+
+
+def _with_signature(function):
+    """Keeps the signature: Function.apply asks for it in every call, and inspect makes it anew each time."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -57,6 +65,7 @@ class VideoSparse(torch.autograd.Function):
     """
 
     @staticmethod
+    @_with_signature
     def forward(
         query, key, value, gate_fine, gate_coarse, gate_fine_value, gate_coarse_value, with_coarse,
         video_shape, cube, topk, scale, deterministic, differentiable,
@@ -152,6 +161,7 @@ class BlockSparse(torch.autograd.Function):
     """query [B, Sq, H, D], key, value [B, Skv, H, D], the index and constants -> out, lse [B, H, Nq, 64]."""
 
     @staticmethod
+    @_with_signature
     def forward(
         query, key, value, kv_num_blocks, kv_indices, block_sizes, q_block_sizes, q_shape, kv_shape, q_cube,
         kv_cube, num_kv_blocks, scale, with_lse, deterministic,
