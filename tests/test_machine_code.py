@@ -1,4 +1,5 @@
-"""What ptxas made of the kernels: operands that a loop needs again are not written over (ptxas 13.0 did)."""
+"""What ptxas made of the kernels: operands that a loop needs again are not written over (ptxas 13.0 did), and
+descriptors of products stay in uniform registers."""
 
 import re
 
@@ -38,16 +39,49 @@ def overwritten_operands(code):
     return found
 
 
+def kernels():
+    """(name, machine code) of each."""
+    for code in re.split(r"Function : ", run_cuobjdump("-sass", _extension.load().__file__))[1:]:
+        yield code.split()[0], code
+
+
 def test_backward_and_selection_keep_their_operands():
-    functions = re.split(r"Function : ", run_cuobjdump("-sass", _extension.load().__file__))[1:]
     checked = 0
-    for code in functions:
-        name = code.split()[0]
+    for name, code in kernels():
         # The forward's loop over tasks loads its operands anew: the search would see its epilogue.
         if name.startswith(("fine_backward", "select")):
             assert overwritten_operands(code) == [], name
             checked += "HGMMA" in code
     assert checked == 26
+
+
+def divergence(code):
+    """How many branches may divide a warp, and moves to uniform registers stand in sequences of products.
+
+    Both are many where ptxas does not know that a warp stays whole: it then moves the descriptors of every
+    product from ordinary registers.
+    """
+    lines = [text for _, text in LINE.findall(code)]
+    products = [i for i, text in enumerate(lines) if "HGMMA" in text]
+    among = [lines[i:j] for i, j in zip(products, products[1:], strict=False) if j - i < 40]
+    return sum("BRA.DIV" in x for x in lines), sum("R2UR" in x for part in among for x in part)
+
+
+def test_warps_stay_whole_around_products():
+    found = {name: divergence(code) for name, code in kernels() if "HGMMA" in code}
+    assert len(found) == 32
+    assert {name: x for name, x in found.items() if x[0] > 1 or x[1] > 4} == {}
+
+
+def test_the_search_finds_moved_descriptors():
+    code = """
+        /*0010*/                   BRA.DIV UR4, 0x80 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/                   R2UR UR6, R210 ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0050*/                   R2UR UR6, R210 ;
+    """
+    assert divergence(code) == (1, 1)
 
 
 def test_the_search_finds_an_overwritten_operand():

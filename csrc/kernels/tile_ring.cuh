@@ -98,14 +98,16 @@ struct TileRing {
 };
 
 // fill_masked by masks beside a tile of a ring. Lane 0 alone reads them, the one that gives the tile back:
-// racecheck follows no order between the lanes of a warp.
+// racecheck follows no order between the lanes of a warp. Reduced, the compiler knows that all lanes have the
+// same; after a shuffle it takes what depends on them for divergent (bench/NOTES.md).
 template <int kCols>
 VSA_DEVICE void fill_masked_beside(FloatTile<kCols>& tile, const uint64_t (&masks)[kCols / 64], float value) {
   uint64_t read[kCols / 64];
 #pragma unroll
   for (int i = 0; i < kCols / 64; i++) {
-    read[i] = lane_id() == 0 ? masks[i] : 0;
-    read[i] = __shfl_sync(0xffffffffu, read[i], 0);
+    uint64_t mine = lane_id() == 0 ? masks[i] : 0;
+    uint32_t low = __reduce_or_sync(0xffffffffu, uint32_t(mine));
+    read[i] = uint64_t(__reduce_or_sync(0xffffffffu, uint32_t(mine >> 32))) << 32 | low;
   }
   fill_masked(tile, read, value);
 }
