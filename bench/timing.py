@@ -1,7 +1,8 @@
 """Interleaved timing: every backend in turn, round after round, so that the card is as warm for all.
 
 Each runs for a while before it is timed: clocks follow the power that is drawn, over more than a tenth of a
-second, and a short kernel after a long one would be timed at the long one's clocks (bench/NOTES.md, "Power").
+second, and a short kernel after a long one would be timed at the long one's clocks. All run before the first
+is timed: from rest, clocks dip once or twice before they stay (bench/NOTES.md, "Power").
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 
 FEWEST, MOST = 3, 100  # rounds
 _WARMUP = 2
+_LOAD_S = 2.5  # of running all before anything is timed
 _SETTLE_MS = 150.0  # of running before a backend's timed calls of a round
 _TIMED_MS = 50.0  # of these at least
 
@@ -61,7 +63,8 @@ def interleave(
 
     Args:
         calls: by name; on a GPU they run on the current stream, which must not be the default one for graphs.
-        budget_s: about how long to go on; at least FEWEST and at most MOST rounds.
+        budget_s: about how long to go on; at least FEWEST and at most MOST rounds. On a GPU as long before
+            that, but not more than 2.5 s.
     """
     if device.type != "cuda":
         return _on_cpu(calls, budget_s)
@@ -72,15 +75,25 @@ def interleave(
         runs[name], timings[name] = _captured(call, l2) if graphs else (call, Timing("events", l2))
         times[name] = max(_elapsed_ms([_timed(runs[name])])[0], 1e-3)
     flush = _larger_than_l2(device) if l2 == "cold" else None
+    began = time.perf_counter()
+    while time.perf_counter() - began < min(_LOAD_S, budget_s):
+        for name, run in runs.items():
+            _settle(run, times[name])
+            torch.cuda.synchronize()
     began, rounds = time.perf_counter(), 0
     while rounds < FEWEST or (rounds < MOST and time.perf_counter() - began < budget_s):
         for name, run in runs.items():
-            for _ in range(math.ceil(_SETTLE_MS / times[name])):
-                run()
+            _settle(run, times[name])
             events = [_timed(run, flush) for _ in range(math.ceil(_TIMED_MS / times[name]))]
             timings[name].samples += _elapsed_ms(events)
         rounds += 1
     return timings
+
+
+def _settle(run: Callable[[], object], ms: float) -> None:
+    """`ms`: what a call takes."""
+    for _ in range(math.ceil(_SETTLE_MS / ms)):
+        run()
 
 
 def _timed(run: Callable[[], object], flush: torch.Tensor | None = None) -> tuple:

@@ -1,5 +1,6 @@
 """The benchmark on a CPU: FLOP counts, shapes, lists, backends, refusals, timing, commands."""
 
+import itertools
 import types
 from contextlib import contextmanager
 from dataclasses import replace
@@ -339,9 +340,8 @@ class FakeGraph:
         self.call()
 
 
-@pytest.mark.parametrize("l2", ["warm", "cold"])
-@pytest.mark.parametrize("captures", [True, False])
-def test_gpu_timing_warms_or_flushes_and_falls_back(l2, captures, monkeypatch):
+def fake_gpu(monkeypatch, captures=True):
+    """Calls "a" and "b" that take 1.5 ms, and the log of them, of events and of flushes."""
     log = []
 
     class Event:
@@ -367,17 +367,38 @@ def test_gpu_timing_warms_or_flushes_and_falls_back(l2, captures, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     buffer = types.SimpleNamespace(zero_=lambda: log.append("flush"))
     monkeypatch.setattr(timing, "_larger_than_l2", lambda device: buffer)
-    calls = {name: lambda: log.append("run") for name in "ab"}
+    return {name: lambda: log.append("run") for name in "ab"}, log
+
+
+SETTLE = ["run"] * 100  # 150 ms of calls that take 1.5
+TIMED = ["event", "run", "event"] * 34  # 50 ms of them
+
+
+@pytest.mark.parametrize("l2", ["warm", "cold"])
+@pytest.mark.parametrize("captures", [True, False])
+def test_gpu_timing_warms_or_flushes_and_falls_back(l2, captures, monkeypatch):
+    calls, log = fake_gpu(monkeypatch, captures)
     timings = timing.interleave(calls, torch.device("cuda"), l2=l2, budget_s=0.0)
-    settle = ["run"] * 100  # 150 ms of calls that take 1.5
-    timed = [*(["flush"] if l2 == "cold" else []), "event", "run", "event"] * 34  # 50 ms of them
-    turn = settle + timed
+    timed = ["flush", "event", "run", "event"] * 34 if l2 == "cold" else TIMED
+    turn = SETTLE + timed
     assert log[-2 * timing.FEWEST * len(turn) :] == 2 * timing.FEWEST * turn
     assert timings["a"].timer == ("graph" if captures else "events") and timings["a"].l2 == l2
     assert timings["a"].samples == [1.5] * 34 * timing.FEWEST
     assert timings["a"].note == (
         None if captures else "not captured: operation not permitted when stream is capturing"
     )
+
+
+@pytest.mark.parametrize("budget_s, loads", [(0.0, 0), (1.5, 1), (8.0, 2)])
+def test_gpu_runs_before_anything_is_timed(budget_s, loads, monkeypatch):
+    """As long as it is timed, at most 2.5 s. The clock goes on by a second whenever it is read."""
+    calls, log = fake_gpu(monkeypatch)
+    monkeypatch.setattr(timing.time, "perf_counter", itertools.count().__next__)
+    timings = timing.interleave(calls, torch.device("cuda"), budget_s=budget_s)
+    rounds = len(timings["a"].samples) // 34
+    first_look = ["run"] * 3 + ["event", "run", "event"]  # warm-up, capture, how long it takes
+    turns = loads * 2 * SETTLE + rounds * 2 * (SETTLE + TIMED)
+    assert log == 2 * first_look + turns and rounds >= timing.FEWEST
 
 
 def test_flush_is_larger_than_l2(monkeypatch):
