@@ -96,7 +96,8 @@ def _schedule(kernel, like, grid, listed_grid, block_sizes, lists=(None, None), 
         num_sms=_extension.num_sms(like.device),
     )
     stages = like.new_empty((arguments.num_stages, 2), dtype=torch.int32)
-    new_counts = like.new_empty if offsets is None else like.new_zeros
+    # Behind the stages of each task and a counter, both written, early tasks are counted from 0.
+    new_counts = like.new_zeros if arguments.num_counts > arguments.num_tasks + 1 else like.new_empty
     stage_counts = new_counts(arguments.num_counts, dtype=torch.int32)
     thin = like.new_empty((arguments.num_thin, 6), dtype=torch.int32)
     arguments.stages, arguments.stage_counts = stages.data_ptr(), stage_counts.data_ptr()
