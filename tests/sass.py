@@ -67,15 +67,18 @@ def operand_registers(opcode, first):
     return 2 if "WIDE" in modifiers and first else 1
 
 
+def functions(binary):
+    """(kernel, its machine code) of each."""
+    for code in re.split(r"Function : ", run_cuobjdump("-sass", binary))[1:]:
+        yield code.split()[0], code
+
+
 def machine_code(binary):
     """{kernel: {"registers": highest touched, plus one, "local_accesses": local loads and stores}}."""
-    table, kernel = {}, None
-    for line in run_cuobjdump("-sass", binary).splitlines():
-        if match := re.match(r"\s*Function : (\S+)", line):
-            kernel = match[1]
-            table[kernel] = {"registers": 0, "local_accesses": 0}
-        elif kernel and (match := INSTRUCTION.match(line)):
-            entry = table[kernel]
+    table = {}
+    for kernel, code in functions(binary):
+        entry = table[kernel] = {"registers": 0, "local_accesses": 0}
+        for match in filter(None, map(INSTRUCTION.match, code.splitlines())):
             entry["registers"] = max(entry["registers"], highest_register(match[1], match[2]) + 1)
             entry["local_accesses"] += match[1].split(".")[0] in ("LDL", "STL")
     return table

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sass import run_cuobjdump
+from sass import functions
 from vsa_cuda import _extension
 
 pytestmark = pytest.mark.skipif(not _extension.is_available(), reason="vsa_cuda._C is not built")
@@ -39,15 +39,9 @@ def overwritten_operands(code):
     return found
 
 
-def kernels():
-    """(name, machine code) of each."""
-    for code in re.split(r"Function : ", run_cuobjdump("-sass", _extension.load().__file__))[1:]:
-        yield code.split()[0], code
-
-
 def test_backward_and_selection_keep_their_operands():
     checked = 0
-    for name, code in kernels():
+    for name, code in functions(_extension.load().__file__):
         # The forward's loop over tasks loads its operands anew: the search would see its epilogue.
         if name.startswith(("fine_backward", "select")):
             assert overwritten_operands(code) == [], name
@@ -68,7 +62,9 @@ def divergence(code):
 
 
 def test_warps_stay_whole_around_products():
-    found = {name: divergence(code) for name, code in kernels() if "HGMMA" in code}
+    found = {
+        name: divergence(code) for name, code in functions(_extension.load().__file__) if "HGMMA" in code
+    }
     assert len(found) == 32
     assert {name: x for name, x in found.items() if x[0] > 1 or x[1] > 4} == {}
 
