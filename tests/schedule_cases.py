@@ -10,7 +10,8 @@ from vsa_cuda import _kernels, reference
 from vsa_cuda.geometry import CubeGrid, cubes_shape
 
 BLOCK_BITS = 25
-THIN, PADDED, PARTIAL = 1 << 29, 1 << 30, 1 << 31
+TURN = THIN = 1 << 29  # of a stage's first word, and of its second
+PADDED, PARTIAL = 1 << 30, 1 << 31
 ROW = 4  # thin cubes in the place of a block
 UNLISTED = 2**31 - 1  # what fills lists behind their ends, and new integers as tests see them
 KERNELS = {  # consumers of a CTA, blocks of a stage

@@ -1,5 +1,5 @@
-"""What ptxas made of the kernels: operands that a loop needs again are not written over (ptxas 13.0 did), and
-descriptors of products stay in uniform registers."""
+"""What ptxas made of the kernels: operands that a loop needs again are not written over (ptxas 13.0 did),
+descriptors of products stay in uniform registers, and probabilities are converted beside exponentials."""
 
 import re
 
@@ -67,6 +67,37 @@ def test_warps_stay_whole_around_products():
     }
     assert len(found) == 32
     assert {name: x for name, x in found.items() if x[0] > 1 or x[1] > 4} == {}
+
+
+def conversions_beside_exponentials(code, near=8):
+    """Conversions of a pair to 16 bits that have an exponential within `near` instructions on either side."""
+    lines = [text for _, text in LINE.findall(code)]
+    return sum(
+        "F2FP" in text
+        and any("MUFU.EX2" in x for x in lines[max(0, i - near) : i])
+        and any("MUFU.EX2" in x for x in lines[i + 1 : i + 1 + near])
+        for i, text in enumerate(lines)
+    )
+
+
+def test_forward_converts_beside_exponentials():
+    """32 a stage of 128 keys, in a stage after a pending one and in one after none; of each most."""
+    found = {
+        name: conversions_beside_exponentials(code)
+        for name, code in functions(_extension.load().__file__)
+        if name.startswith("fine_forward")
+    }
+    assert len(found) == 6
+    assert {name: count for name, count in found.items() if count < 2 * 28} == {}
+
+
+def test_the_search_finds_conversions():
+    exponential, conversion = (
+        " /*0010*/ MUFU.EX2 R4, R5 ;\n",
+        " /*0020*/ F2FP.BF16.F32.PACK_AB R8, R5, R4 ;\n",
+    )
+    assert conversions_beside_exponentials(3 * (exponential + 2 * conversion) + exponential) == 6
+    assert conversions_beside_exponentials(8 * exponential + 8 * conversion) == 0
 
 
 def test_the_search_finds_moved_descriptors():

@@ -19,6 +19,7 @@ from schedule_cases import (
     ROW,
     THIN,
     THIN_LISTED,
+    TURN,
     UNLISTED,
     Problem,
     ceil_div,
@@ -117,7 +118,7 @@ def check_task(stages, lists, partial, size):
         alone = blocks[0] == blocks[1]
         flags = [PARTIAL * partial[block] for block in blocks]
         assert 0 < members < 1 << len(lists)
-        assert first == blocks[0] | members << BLOCK_BITS | flags[0]
+        assert first & ~TURN == blocks[0] | members << BLOCK_BITS | flags[0]
         assert second == blocks[1] | (PADDED | PARTIAL if alone else flags[1])
         assert alone or size == 2
         consumers = [i for i in range(len(lists)) if members >> i & 1]
@@ -131,6 +132,17 @@ def check_task(stages, lists, partial, size):
     assert attended == Counter({i: ceil_div(len(row), size) for i, row in enumerate(lists) if row})
     sets = Counter(chose[block] for block in split)
     assert all(count == 1 for count in sets.values()) and (size == 2 or not split)
+    check_rounds([(first >> BLOCK_BITS & 15, bool(first & TURN)) for first, _ in stages], len(lists))
+
+
+def check_rounds(stages, consumers):
+    """Marked stages come in rounds, of which each consumer is a member of one."""
+    everyone, taken = (1 << consumers) - 1, 0
+    for members, marked in stages:
+        assert members & taken == 0 and (marked or taken == 0)
+        if marked:
+            taken = (taken | members) % everyone
+    assert taken == 0 and (consumers == 3 or not any(marked for _, marked in stages))
 
 
 def check_thin(stages, lists, thin, rows, size, cube, num_blocks):
@@ -226,11 +238,11 @@ def test_the_last_groups_are_a_task_a_block(head_dim, sms, make, seed):
 
 
 def stages_of_one_task(problem, make):
-    """(members, the two blocks) of each stage of a problem that is one task."""
+    """(members, the two blocks, whether of a round) of each stage of a problem that is one task."""
     stages, counts, _, (places,) = problem.made(make)
     words = (stages[place].tolist() for place in places[: counts[0]])
     return [
-        (first >> BLOCK_BITS & 15, [x % (1 << BLOCK_BITS) for x in (first, second)])
+        (first >> BLOCK_BITS & 15, [x % (1 << BLOCK_BITS) for x in (first, second)], bool(first & TURN))
         for first, second in words
     ]
 
@@ -246,7 +258,8 @@ def test_order_of_stages(kernel, head_dim, make):
         grid, listed_grid = CubeGrid((4 * consumers, 1, 1)), CubeGrid.linear(64 * consumers * blocks)
         problem = Problem(kernel, head_dim, grid, listed_grid, [[rows]])
         made = stages_of_one_task(problem, make)
-        members, firsts = [of for of, _ in made], [pair[0] for _, pair in made]
+        members, firsts = [of for of, _, _ in made], [pair[0] for _, pair, _ in made]
+        assert all(turn == (rows is alone and consumers == 3) for _, _, turn in made)
         if rows is shared:
             assert firsts == list(range(0, blocks, size))
         else:
@@ -258,21 +271,34 @@ def test_order_of_stages(kernel, head_dim, make):
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
-        ({3: 4, 5: 2, 7: 1, 1: 9, 2: 11, 4: 13}, [3, 4] * 4 + [5, 2] * 2 + [7] + [1, 2, 4] * 9),
-        ({3: 3, 5: 4, 6: 1, 1: 8, 2: 2, 4: 2}, [3, 4, 3, 4, 3, 5, 2, 5, 2, 5, 5, 6] + [1] * 8),
-        ({6: 5, 1: 3, 2: 1, 4: 2}, [6, 1, 6, 1, 6, 1, 6, 6, 2, 4, 4]),
+        (
+            {3: 4, 5: 2, 7: 1, 1: 9, 2: 11, 4: 13},
+            [((3, 4), 4), ((5, 2), 2), (7, 1), ((1, 2, 4), 9)],
+        ),
+        (
+            {3: 3, 5: 4, 6: 1, 1: 8, 2: 2, 4: 2},
+            [((3, 4), 2), (3, 1), ((5, 2), 2), (5, 2), ((6, 1), 1), (1, 7)],
+        ),
+        ({6: 5, 1: 3, 2: 1, 4: 2}, [((6, 1), 3), (6, 2), (2, 1), (4, 2)]),
+        ({1: 4, 2: 3, 4: 6}, [((1, 2, 4), 3), (1, 1), (4, 3)]),
     ],
 )
 def test_what_two_of_three_chose_stands_beside_what_the_third_chose(stages, expected, make, seed):
-    """Stages by set of consumers, at most 32 blocks a list; those of a set ascend."""
+    """Stages by set of consumers, at most 32 blocks a list; those of a set ascend. Expected: a round, or the
+    consumers of a stage that is of none, and how often."""
     labels = torch.tensor([members for members, count in stages.items() for _ in range(2 * count)])
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))].tolist()
     rows = [[block for block, members in enumerate(labels) if members >> i & 1] for i in range(3)]
     problem = Problem("fine_forward", 64, CubeGrid((12, 1, 1)), CubeGrid.linear(64 * len(labels)), [[rows]])
     made = stages_of_one_task(problem, make)
-    assert [members for members, _ in made] == expected
+    expected = [
+        (members, isinstance(group, tuple))
+        for group, count in expected
+        for members in count * (group if isinstance(group, tuple) else (group,))
+    ]
+    assert [(members, turn) for members, _, turn in made] == expected
     for members in stages:
-        blocks = [block for of, pair in made for block in pair if of == members]
+        blocks = [block for of, pair, _ in made for block in pair if of == members]
         assert blocks == [block for block, label in enumerate(labels) if label == members]
 
 

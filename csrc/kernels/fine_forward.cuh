@@ -7,7 +7,7 @@
 // A consumer works on the stages it is a member of, 128 keys at a time. Per member stage:
 //
 //   tensor cores   | scores(i+1) = Q K^T | out += P(i) V(i) |
-//   consumer       |        wait scores  | release K, exp(i+1) ... | wait out | P(i+1)
+//   consumer       |        wait scores  | release K, exp(i+1), half | wait out | other half, P(i+1)
 //
 // The exponentials refer to the maximum of a row's first tile; only where they outgrow it is it raised.
 // A consumer holds the values of its pending product for fewer than kStages stages, then finishes it alone:
@@ -145,9 +145,11 @@ VSA_DEVICE void fine_forward_load_values(typename Kernel::ValueRing& ring, TaskQ
   if constexpr (Kernel::kPaired) producer.drain();
 }
 
-// Where all consumers work on a stage, they issue its products one after the other: the softmax of one then
-// runs beside the products of the others, not beside theirs. A barrier for each consumer, which it waits at
-// and its predecessor arrives at; the last consumer is the first one's.
+// Where all consumers work on a stage, or on a round of stages of which each has one, they issue their
+// products one after the other: the softmax of one then runs beside the products of the others, not beside
+// theirs. A barrier for each consumer, which it waits at and its predecessor arrives at; the last consumer is
+// the first one's. None waits in vain: one that waits holds no keys, and values of fewer than kStages stages
+// back, so that all that its predecessor needs up to the same round can be loaded.
 template <int kConsumers>
 struct Turns {
   static constexpr int kThreads = 2 * kWarpgroupThreads;
@@ -182,7 +184,7 @@ struct FineForwardConsumer {
   FloatTile<Kernel::kHeadDim> out;
   HalfTile<T, Kernel::kStageTokens> probabilities;  // of the pending stage
   bool pending;                                     // out += probabilities value is still to come
-  uint32_t pending_position;
+  uint32_t pending_position;                        // kStages back or more if nothing is
 
   // After the last product with it.
   VSA_DEVICE void release_query() {
@@ -190,24 +192,26 @@ struct FineForwardConsumer {
     if (elect_one()) shared.query_empty[consumer].arrive();
   }
 
-  // What is pending holds values that others may wait to see replaced.
-  VSA_DEVICE void finish_before(uint32_t position) {
-    bool due = pending && position - pending_position >= Kernel::kStages;
-    if (__any_sync(0xffffffffu, due)) finish();
+  // What is pending may hold values that others wait to see replaced.
+  VSA_DEVICE bool is_due(uint32_t position) const {
+    return __any_sync(0xffffffffu, position - pending_position >= Kernel::kStages);
+  }
+  VSA_DEVICE void finish_pending() {
+    if (__any_sync(0xffffffffu, pending)) finish();
   }
 
   VSA_DEVICE void visit(uint32_t position) {
-    finish_before(position);
+    if (is_due(position)) finish_pending();
     shared.keys.await(position);
     shared.keys.release(position);
   }
 
   VSA_DEVICE void step(const StageAt& at) {
-    finish_before(at.position);
-    if (__any_sync(0xffffffffu, pending)) {
-      multiply<true>(at);
-    } else {
+    if (is_due(at.position)) {
+      finish_pending();
       multiply<false>(at);
+    } else {
+      multiply<true>(at);
     }
     pending = true;
     pending_position = at.position;
@@ -223,7 +227,7 @@ struct FineForwardConsumer {
     } else {
       shared.keys.await(at.position);
     }
-    if (at.shared) Turn::await(consumer);
+    if (at.turn) Turn::await(consumer);
     mma_fence();
     mma_ABt(scores, shared.query[consumer], shared.keys.tile(at.position), false);
     mma_commit();
@@ -231,29 +235,39 @@ struct FineForwardConsumer {
       mma_AB(out, probabilities, shared.values.tile(pending_position), true);
       mma_commit();
     }
-    if (at.shared) Turn::pass(consumer);
+    if (at.turn) Turn::pass(consumer);
     mma_wait<kPending ? 1 : 0>(scores);
     if (at.marked) fill_masked_beside(scores, shared.keys.extra(at.position).blocks, -INFINITY);
     shared.keys.release(at.position);
     pin(scores);  // first
 
-    RowVector sums, factor;
+    RowVector factor;
+    RowChains sums;
     if constexpr (!kPending) {
       softmax.raise_to_maximum(scores, factor);
       mul_row(out, factor);
     }
-    softmax.exponentiate(scores, sums);
+    // The first half of the exponentials runs beside the pending product, which takes no longer; the second
+    // beside the conversion, for which that product must have read the last probabilities.
+    constexpr int kHalf = Kernel::kStageTokens / 2;
+    softmax.template exponentiate<0, kHalf>(scores, sums);
     if constexpr (kPending) {
+      RowVector so_far = sums.rows();  // not negative, but ptxas does not know
+      keep_above_wait(__float_as_uint(so_far.data[0] + so_far.data[1]), 0xffffffffu);
       mma_wait<0>(out, probabilities);
       shared.values.release(pending_position);
-      if (softmax.template exceeded<T>(sums)) {
+    }
+    softmax.template exponentiate<kHalf, Kernel::kStageTokens>(scores, sums);
+    convert(probabilities, scores);
+    if constexpr (kPending) {
+      if (softmax.template exceeded<T>(sums.rows())) {
         start_again(scores, sums, factor, at.index);
         mul_row(out, factor);
+        convert(probabilities, scores);
       }
     }
     if (at.last) release_query();
-    convert(probabilities, scores);
-    softmax.add(sums);
+    softmax.add(sums.rows());
   }
 
   VSA_DEVICE void finish() {
@@ -268,7 +282,7 @@ struct FineForwardConsumer {
 
   // Exponentials have outgrown their type, and the scores are gone. Computes them again, from global memory,
   // as the keys may have been replaced.
-  VSA_DEVICE void start_again(Scores& scores, RowVector& sums, RowVector& factor, int index) {
+  VSA_DEVICE void start_again(Scores& scores, RowChains& sums, RowVector& factor, int index) {
     forget(index);  // nothing of this is worth a register in the loop
     Stage stage = run.load(index);
     uint64_t valid[2];
@@ -281,7 +295,8 @@ struct FineForwardConsumer {
     mma_ABt_rows(scores, shared.query[consumer], key);
     fill_masked(scores, valid, -INFINITY);
     softmax.raise_to_maximum(scores, factor);
-    softmax.exponentiate(scores, sums);
+    sums = {};
+    softmax.template exponentiate<0, Kernel::kStageTokens>(scores, sums);
   }
 };
 
@@ -332,6 +347,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
     Stage window = run.load(lane_id());
     bool exists = consumer < task.blocks;
     FineForwardConsumer<Kernel> self{shared, params, task, run, consumer, OnlineSoftmax(params.scale_log2)};
+    self.pending_position = position - Kernel::kStages;
     zero(self.out);
     if (exists) {
       shared.query_full[consumer].wait(query_phase);
@@ -340,7 +356,7 @@ VSA_DEVICE void fine_forward_consume(typename Kernel::Shared& shared, const Fine
     bool released = walk_stages<Kernel::kConsumers>(self, run, window, position, is_partial);
     if (!exists) continue;
     if (!released) self.release_query();
-    if (__any_sync(0xffffffffu, self.pending)) self.finish();
+    self.finish_pending();
     int cube = task.block(params.q_grid, consumer);
     fine_forward_epilogue<Kernel>(self.out, self.softmax, params, task.address(params.q_grid, cube), cube);
   }

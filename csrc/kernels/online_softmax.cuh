@@ -13,6 +13,13 @@ namespace vsa {
 template <class T>
 constexpr float kMostSum = std::is_same_v<T, bf16> ? 0x1p60f : 0x1p15f;
 
+// A lane's sums of its two rows, in two chains each, so that no addition waits for the last one.
+struct RowChains {
+  float data[4] = {};
+
+  VSA_DEVICE RowVector rows() const { return {data[0] + data[1], data[2] + data[3]}; }
+};
+
 class OnlineSoftmax {
  public:
   VSA_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_(scale_log2) {}
@@ -30,26 +37,20 @@ class OnlineSoftmax {
     }
   }
 
-  // `scores` becomes exp2(scale * scores - reference), `sums` their sums.
-  template <int kCols>
-  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowVector& sums) const {
+  // Columns kFrom to kTo - 1 of `scores` become exp2(scale * scores - reference), and are added to `sums`.
+  template <int kFrom, int kTo, int kCols>
+  VSA_DEVICE void exponentiate(FloatTile<kCols>& scores, RowChains& sums) const {
     // A row without any key so far: every score is -inf, and so must be the exponent.
     float negative[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       negative[half] = reference_.data[half] == -INFINITY ? 0.0f : -reference_.data[half];
     }
-    float chains[4] = {};  // for each column of a group and half
 #pragma unroll
-    for (int i = 0; i < scores.kRegisters; i++) {
+    for (int i = kFrom / 2; i < kTo / 2; i++) {
       scores.data[i] = exp2_approx(fmaf(scores.data[i], scale_, negative[i / 2 % 2]));
-      chains[i % 4] += scores.data[i];
+      sums.data[i % 4] += scores.data[i];
     }
-    sums.data[0] = chains[0] + chains[1];
-    sums.data[1] = chains[2] + chains[3];
-    // The exponentials are meant to run beside the caller's product. Sums are not negative, but ptxas does
-    // not know.
-    keep_above_wait(__float_as_uint(sums.data[0] + sums.data[1]), 0xffffffffu);
   }
 
   // Whether the reference is too low for a tile of these sums; for the whole warp alike. A row of NaN, say of

@@ -3,9 +3,9 @@
 //
 // A warp takes a task. It reads 32 entries of each list at a time, a lane each, and finds their members in
 // the other lists. Pairs that several consumers chose come first, beside each a pair of the one that is left
-// out, if it is one; then those of one alone, in turns. So no consumer waits long for its next. A block
-// without a partner waits for the next entries; at the end it goes to each of its lists alone, which pairs
-// what it got.
+// out, if it is one; then those of one alone, in turns. So no consumer waits long for its next. Of three
+// consumers, stages of which each has one are marked as a round. A block without a partner waits for the next
+// entries; at the end it goes to each of its lists alone, which pairs what it got.
 #pragma once
 
 #include "kernels/block_window.cuh"
@@ -128,6 +128,7 @@ struct ThinScheduler {
 template <int kLists>
 struct PairScheduler {
   static constexpr uint32_t kSets = 1u << kLists, kEveryone = kSets - 1;
+  static constexpr bool kRounds = kLists == 3;  // turns of two consumers cost what they gain (bench/NOTES.md)
   static_assert(kLists * kSets <= kWarpThreads);
 
   const StageWriter& writer;
@@ -160,17 +161,26 @@ struct PairScheduler {
       total += beside[s];
     }
     int begin_own = total;
+    int own_rounds = kWarpThreads;  // in which every consumer has a stage
 #pragma unroll
-    for (int i = 0; i < kLists; i++) total += pairs[1u << i] - beside[1u << i];
+    for (int i = 0; i < kLists; i++) {
+      int own = pairs[1u << i] - beside[1u << i];
+      own_rounds = min(own_rounds, own);
+      total += own;
+    }
 
     // Of the block that waits in this lane, and of the lane's entry of each list.
     int waiting_stage = -1, next_waiting = waiting;
+    uint32_t waiting_flag = 0;
 #pragma unroll
     for (int i = 0; i < kLists; i++) {
       int stage = -1, half = 0;
+      uint32_t flag = 0;
 #pragma unroll
       for (uint32_t s = 1; s < kSets; s++) {
         if (lowest(s) != i) continue;
+        int in_rounds =
+            kRounds ? beside[s] + (several(s) ? 0 : own_rounds) : 0;  // so many pairs, the first ones
         auto stage_of = [&pairs, &begin, &beside, begin_own, s](int pair) {
           if (several(s)) return begin[s] + pair + min(pair, beside[s]);
           int own = pair - beside[s];
@@ -187,8 +197,12 @@ struct PairScheduler {
         if (set[i] == s && rank / 2 < pairs[s]) {
           stage = stage_of(rank / 2);
           half = rank % 2;
+          flag = half == 0 && rank / 2 < in_rounds ? kStageTurn : 0;
         }
-        if (lane_id() == s && before && pairs[s] > 0) waiting_stage = stage_of(0);
+        if (lane_id() == s && before && pairs[s] > 0) {
+          waiting_stage = stage_of(0);
+          waiting_flag = in_rounds > 0 ? kStageTurn : 0;
+        }
         bool left = (__popc(lanes[s]) + before) % 2;
         if (left && lanes[s]) {
           int last = __shfl_sync(0xffffffffu, block[i], 31 - __clz(lanes[s]));
@@ -196,9 +210,9 @@ struct PairScheduler {
         }
         waits = (waits & ~(1u << s)) | uint32_t(left) << s;
       }
-      if (stage >= 0) writer.put(stage, half, block[i], set[i]);
+      if (stage >= 0) writer.put(stage, half, block[i], set[i], flag);
     }
-    if (waiting_stage >= 0) writer.put(waiting_stage, 0, waiting, lane_id());
+    if (waiting_stage >= 0) writer.put(waiting_stage, 0, waiting, lane_id(), waiting_flag);
     waiting = next_waiting;
     stages = total;
   }

@@ -10,11 +10,14 @@ namespace vsa {
 // lists are cut into stages of one or two blocks which the same consumers chose: these are loaded once and
 // shared. Of thin cubes a stage holds more, in a row of the task's `thin`.
 struct Stage {
-  uint32_t first;   // block or nothing | members (a bit a consumer) << kStageBlockBits | kStagePartial
+  uint32_t
+      first;  // block or nothing | members (a bit a consumer) << kStageBlockBits | kStageTurn | kStagePartial
   uint32_t second;  // block or the first of its thin rows | kStageThin | kStagePadded | kStagePartial
 };
 constexpr int kStageBlockBits = 25;
 constexpr int kMostMembers = 4;
+// One of a round: of stages next to each other of which every consumer is a member of one.
+constexpr uint32_t kStageTurn = 1u << 29;
 constexpr uint32_t kStageThin = 1u << 29;
 constexpr uint32_t kStagePadded = 1u << 30;  // no second block: the first one again, which counts for nothing
 constexpr uint32_t kStagePartial = 1u << 31;  // some slot of the block holds no token

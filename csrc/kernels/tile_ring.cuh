@@ -244,6 +244,7 @@ struct StageAt {
   uint32_t position;
   int index;            // in its task
   bool shared, marked;  // shared: all consumers are members
+  bool turn;            // shared, or one of a round
   bool last;            // the consumer is a member of none after this, as far as it can tell
 };
 
@@ -259,6 +260,7 @@ VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32
     uint32_t mine = __ballot_sync(0xffffffffu, members >> self.consumer & 1);
     uint32_t shared = __ballot_sync(0xffffffffu, members == (1u << kConsumers) - 1);
     uint32_t marked = __ballot_sync(0xffffffffu, mark(window));
+    uint32_t turns = shared | __ballot_sync(0xffffffffu, window.first & kStageTurn);
     window = run.load(base + kWarpThreads + lane_id());
     static_assert(kRingVisits == kWarpThreads);
     bool final = __any_sync(0xffffffffu, base + kWarpThreads >= run.count);
@@ -267,7 +269,8 @@ VSA_DEVICE bool walk_stages(Consumer& self, const Run& run, Stage window, uint32
     for (uint32_t todo = mine; todo; todo &= todo - 1) {
       int i = __ffs(todo) - 1;
       bool last = final && !(todo & (todo - 1));
-      self.step(StageAt{position + i, base + i, bool(shared >> i & 1), bool(marked >> i & 1), last});
+      self.step(StageAt{position + i, base + i, bool(shared >> i & 1), bool(marked >> i & 1),
+                        bool(turns >> i & 1), last});
     }
     position += min(kWarpThreads, run.count - base);
   }
@@ -281,7 +284,7 @@ VSA_DEVICE void walk_all_stages(Consumer& self, const Run& run, const Task& task
   if (__any_sync(0xffffffffu, self.consumer < task.blocks)) {
     for (int i = 0; __any_sync(0xffffffffu, i < run.count); i++) {
       bool last = __any_sync(0xffffffffu, i + 1 == run.count);
-      self.step(StageAt{position + i, i, shared, false, last});
+      self.step(StageAt{position + i, i, shared, false, shared, last});
     }
   } else {
     for (int i = 0; i < run.count; i += kRingVisits) self.visit(position + i);
