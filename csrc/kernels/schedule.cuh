@@ -179,8 +179,8 @@ struct PairScheduler {
 #pragma unroll
       for (uint32_t s = 1; s < kSets; s++) {
         if (lowest(s) != i) continue;
-        int in_rounds =
-            kRounds ? beside[s] + (several(s) ? 0 : own_rounds) : 0;  // so many pairs, the first ones
+        // Of the set's pairs so many, the first ones.
+        int in_rounds = kRounds ? beside[s] + (several(s) ? 0 : own_rounds) : 0;
         auto stage_of = [&pairs, &begin, &beside, begin_own, s](int pair) {
           if (several(s)) return begin[s] + pair + min(pair, beside[s]);
           int own = pair - beside[s];

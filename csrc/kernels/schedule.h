@@ -10,9 +10,10 @@ namespace vsa {
 // lists are cut into stages of one or two blocks which the same consumers chose: these are loaded once and
 // shared. Of thin cubes a stage holds more, in a row of the task's `thin`.
 struct Stage {
-  uint32_t
-      first;  // block or nothing | members (a bit a consumer) << kStageBlockBits | kStageTurn | kStagePartial
-  uint32_t second;  // block or the first of its thin rows | kStageThin | kStagePadded | kStagePartial
+  // block or nothing | members (a bit a consumer) << kStageBlockBits | kStageTurn | kStagePartial
+  uint32_t first;
+  // block or the first of its thin rows | kStageThin | kStagePadded | kStagePartial
+  uint32_t second;
 };
 constexpr int kStageBlockBits = 25;
 constexpr int kMostMembers = 4;
